@@ -1,0 +1,40 @@
+# make demo: the whole way on the samples.   make test: lint and tests.
+# Each needs Python 3.10 or newer and nothing else: it makes .venv and installs what is missing.
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/runtime
+	rm -rf demo
+	$(BIN)/python prepare_data.py --librispeech_from_kaldi samples/train.blogmel.xz \
+		--save_dir demo/data/train-clean-360
+	$(BIN)/python prepare_data.py --librispeech_from_kaldi samples/dev.blogmel.xz \
+		--save_dir demo/data/dev-clean
+	$(BIN)/python train.py --librispeech_path demo/data --store_path demo/logs \
+		--experiment_name demo --rnn_residual --time_shift 3 --rnn_hidden_size 256 \
+		--learning_rate 0.001 --batch_size 8 --epochs 6
+	$(BIN)/python extract_features.py --checkpoint demo/logs/demo.dir/demo__epoch_6.model \
+		--data_dir demo/data/dev-clean --save_dir demo/features
+	@echo
+	@echo "Done: tensors in demo/data, models in demo/logs/demo.dir, features in demo/features." \
+		"TensorBoard: $(BIN)/tensorboard --logdir demo/logs"
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv demo
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

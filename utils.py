@@ -1,0 +1,101 @@
+"""What every script shares: model configurations, errors, seeds, devices, logging."""
+
+import argparse
+import logging
+import os
+import random
+import sys
+from collections import namedtuple
+
+__version__ = "1.0.0"
+
+# Positional as in the original release; the last field of RNNConfig is new.
+PrenetConfig = namedtuple("PrenetConfig", ["input_size", "hidden_size", "num_layers", "dropout"])
+RNNConfig = namedtuple(
+    "RNNConfig",
+    ["input_size", "hidden_size", "num_layers", "dropout", "residual", "rnn_type"],
+    defaults=[False, "gru"],
+)
+
+
+class UserError(ValueError):
+    """An error that the user can mend, told in one line."""
+
+
+def run(main):
+    """Call `main()`; end an error that the user can mend with one line on stderr and status 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        # A data loader's worker hands its error on behind its traceback: the last line is ours.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = lines[-1].removeprefix("utils.UserError: ")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def positive(text, least=1):
+    """An argparse type: an integer of `least` or more."""
+    if not text.strip().isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of {least} or more, found {text!r}")
+    return int(text)
+
+
+def not_negative(text):
+    """An argparse type: an integer of 0 or more."""
+    return positive(text, least=0)
+
+
+def add_residual_flags(parser):
+    """--residual and --no_residual, for models that do not tell by themselves."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--residual",
+        action="store_true",
+        default=None,
+        help="the model has residual connections (default: what its config.json or name says)",
+    )
+    group.add_argument(
+        "--no_residual", dest="residual", action="store_false", help="the model has none"
+    )
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch (every device)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_device(name):
+    """`auto`, `cpu`, `cuda` or `mps` -> torch.device; UserError where there is no such device."""
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = [kind for kind, is_there in available.items() if is_there]
+        raise UserError(f"--device {name}: PyTorch sees none here; there is: {', '.join(there)}")
+    return torch.device(name)
+
+
+def setup_logging(path=None):
+    """Log to the console, and to the end of the file `path` if one is given."""
+    handlers = [logging.StreamHandler()]
+    if path is not None:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s - %(levelname)s - %(message)s",
+        handlers=handlers,
+        force=True,
+    )
