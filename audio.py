@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from kaldi_io import check_utt_id
 from utils import UserError
 
 AUDIO_ENDINGS = (".flac", ".wav")
@@ -69,16 +70,20 @@ class FbankConfig:
     htk_compat: bool = True
 
 
-def find_audio(root: str | os.PathLike) -> list[tuple[str, str]]:
+def find_audio(root: str | os.PathLike, skipped: list[str] | None = None) -> list[tuple[str, str]]:
     """List every .flac and .wav file (endings in any case) below a folder, or one file by itself.
 
     Hidden files and folders are left out, and links to folders are not followed.
+
+    Args:
+        root: the folder or file.
+        skipped: takes messages about files whose names cannot be used, instead of an error.
 
     Returns:
         (utterance id, path) sorted by id; the id is the file's name without its ending.
 
     Raises:
-        UserError: nothing at root, no audio there, or one id twice.
+        UserError: nothing at root, no audio there, or one id twice, an id that is no file name.
         OSError: a folder that cannot be read.
     """
     root = os.fspath(root)
@@ -89,13 +94,21 @@ def find_audio(root: str | os.PathLike) -> list[tuple[str, str]]:
     else:
         raise UserError(f"{root}: no such file or folder")
     found = {}
-    for path in paths:
+    for path in sorted(paths):
         utt_id, ending = os.path.splitext(os.path.basename(path))
         if ending.lower() not in AUDIO_ENDINGS:
             continue
-        if utt_id in found:
-            first, second = sorted((found[utt_id], path))
-            raise UserError(f"{first} and {second}: two files with the utterance id {utt_id}")
+        try:
+            check_utt_id(utt_id, path)
+            if utt_id in found:
+                raise UserError(
+                    f"{found[utt_id]} and {path}: two files with the utterance id {utt_id}"
+                )
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         found[utt_id] = path
     if not found:
         endings = " or ".join(AUDIO_ENDINGS)

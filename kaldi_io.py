@@ -2,13 +2,23 @@
 
 A source is a generator of jobs. A job is a callable that can be sent to another process; called, it
 yields `Utterance`s. So the reading is serial and cheap, and the parsing is parallel.
+
+What a file is follows from its ending and its first bytes, never from trying:
+
+    text dump       "utt_id\\n", a line of decimals a frame, ".\\n"      (the original release)
+    text archive    "utt_id  [\\n", a line of decimals a frame, the last one ends with "]"
+    binary archive  "utt_id \\0B" and a matrix of floats, doubles, or compressed
+    .scp            "utt_id file:offset" a line
 """
 
+import contextlib
 import functools
 import gzip
+import io
 import lzma
 import os
 import re
+import struct
 import sys
 import warnings
 import zlib
@@ -19,8 +29,12 @@ import numpy as np
 from utils import UserError
 
 BLOCK_SIZE = 1 << 22  # bytes of text a job
-MAX_UTTERANCE = 1 << 30  # bytes of text; what has no '.' line in this is no dump
-END_OF_UTTERANCE = re.compile(rb"\n[ \t]*\.[ \t\r]*\n")
+MAX_UTTERANCE = 1 << 30  # bytes of text; what has no end of an utterance in this is no text of ours
+END_OF_UTTERANCE = {
+    ".": re.compile(rb"\n[ \t]*\.[ \t\r]*\n"),
+    "]": re.compile(rb"\][ \t\r]*\n"),
+}
+MATRIX_KINDS = (b"FM", b"DM", b"CM", b"CM2", b"CM3")
 
 
 class Utterance(NamedTuple):
@@ -30,81 +44,102 @@ class Utterance(NamedTuple):
 
 
 def open_input(path):
-    """Open a plain, .xz or .gz file or standard input (`-`) -> (raw, text) binary streams.
+    """Open a plain, .xz or .gz file or standard input (`-`) -> (raw, content) binary streams.
 
-    The kind is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
-    progress bar), `text` reads what is in them.
+    Compression is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
+    progress bar), `content` reads what is in them and can be peeked into.
     """
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
     magic = raw.peek(6)
     if magic.startswith(b"\xfd7zXZ\0"):
-        return raw, lzma.open(raw)
+        return raw, io.BufferedReader(lzma.open(raw))
     if magic.startswith(b"\x1f\x8b"):
-        return raw, gzip.open(raw)
+        return raw, io.BufferedReader(gzip.open(raw))
     return raw, raw
 
 
-def dump_blocks(stream, name):
-    """Cut a text dump into blocks of whole utterances -> (number of the first line, bytes)."""
-    line, rest = 1, b""
-    size = BLOCK_SIZE
+def read_kaldi(path):
+    """Kaldi's features of any kind -> (kind, size in bytes or None, generator of (position, job)).
+
+    `position` counts the bytes read so far, of `size`. The kinds stand at the top of this module.
+
+    Raises (also from the generator, or from a job):
+        UserError: what is wrong, with file:line (text) or file and byte (binary), and utterance.
+        OSError: a file that cannot be read.
+    """
+    name = "standard input" if path == "-" else path
+    raw, content = open_input(path)
+    size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
+    with _damage(name):
+        head = content.peek(1024)
+    first_line = head.split(b"\n")[0]
+    if path.endswith(".scp"):
+        kind, blocks = "scp", scp_jobs(content, name)
+    elif re.match(rb"\S+ \0B", head):
+        kind, blocks = "binary archive", ark_jobs(content, name)
+    elif b"\0" in head:
+        raise UserError(
+            f"{name}: binary data, but no Kaldi archive: expected a text dump, an archive or a .scp"
+        )
+    elif re.match(rb"\S+[ \t]+\[", first_line):
+        kind, blocks = "text archive", text_jobs(content, name, "]")
+    else:
+        kind, blocks = "text dump", text_jobs(content, name, ".")
+
+    def jobs():
+        done = 0
+        with _damage(name):
+            for num_bytes, job in blocks:
+                done = done + num_bytes if size is None else raw.tell()
+                yield done, job
+        if not done:
+            raise UserError(f"{name}: expected utterances, found an empty file")
+
+    return kind, size, jobs()
+
+
+@contextlib.contextmanager
+def _damage(name):
+    """Turn what decompressors raise into a UserError."""
+    try:
+        yield
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{name}: compressed data truncated or damaged: {error}") from None
+
+
+def text_jobs(stream, name, end_mark):
+    """Cut a text dump or archive into blocks of whole utterances -> (bytes, job)."""
+    end_of_utterance = END_OF_UTTERANCE[end_mark]
+    usual_end = b"\n.\n" if end_mark == "." else b"]\n"
+    line, rest, size = 1, b"", BLOCK_SIZE
     while True:
-        try:
-            new = stream.read(size)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(
-                f"{name}: the compressed file is truncated or damaged: {error}"
-            ) from None
+        new = stream.read(size)
         if b"\0" in new:
             raise UserError(f"{name}: expected text, found binary data: this is no text dump")
         block = rest + new
         if not new:
             break
-        end = block.rfind(b"\n.\n") + 3
-        if end < 3:
-            for match in END_OF_UTTERANCE.finditer(block):
-                end = match.end()
-        if end < 3:
+        end = block.rfind(usual_end) + len(usual_end)
+        if end < len(usual_end):
+            end = max((match.end() for match in end_of_utterance.finditer(block)), default=0)
+        if not end:
             if len(block) > MAX_UTTERANCE:
                 raise UserError(
-                    f"{name}:{line}: expected a line '.' at the end of an utterance, found none in "
-                    f"{MAX_UTTERANCE >> 20} MiB: is this a dump?"
+                    f"{name}:{line}: expected {end_mark!r} at the end of an utterance, found none "
+                    f"in {MAX_UTTERANCE >> 20} MiB: is this a dump?"
                 )
             # Twice as much each time: an utterance of many blocks is not searched many times.
             rest, size = block, max(BLOCK_SIZE, len(block))
             continue
-        yield line, block[:end]
+        yield end, functools.partial(parse_text, block[:end], line, name, end_mark)
         line += block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
     if block.strip():
-        yield line, block
+        yield len(block), functools.partial(parse_text, block, line, name, end_mark)
 
 
-def read_dump(path):
-    """A text dump -> (size in bytes or None, generator of (bytes read, job)).
-
-    The dump is the original release's: the utterance id on a line, a line of decimals a frame, and
-    a line with a single '.' [README, "Data formats"].
-
-    Raises (from the generator or a job): UserError naming file:line and utterance.
-    """
-    name = "standard input" if path == "-" else path
-    raw, text = open_input(path)
-    size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
-
-    def jobs():
-        done = 0
-        for line, block in dump_blocks(text, name):
-            done = done + len(block) if size is None else raw.tell()
-            yield done, functools.partial(parse_dump, block, line, name)
-        if not done:
-            raise UserError(f"{name}: expected utterances, found an empty file")
-
-    return size, jobs()
-
-
-def parse_dump(block, first_line, name):
-    """Bytes of a text dump, which start at line `first_line` of it -> utterances.
+def parse_text(block, first_line, name, end_mark):
+    """Bytes of a text dump or archive, which start at line `first_line` of it -> utterances.
 
     Raises:
         UserError: what stands there is no utterance.
@@ -113,26 +148,42 @@ def parse_dump(block, first_line, name):
     start = 0  # of the utterance
     while start < len(lines):
         where = f"{name}:{first_line + start}"
-        words = lines[start].split()
+        words = lines[start].split(maxsplit=2)
         if not words:  # an empty line between utterances
             start += 1
             continue
-        if len(words) > 1 or words == [b"."]:
-            raise UserError(
-                f"{where}: expected an utterance id alone on a line, found {_quote(lines[start])}"
-            )
+        body = []
+        if end_mark == ".":
+            if len(words) > 1 or words == [b"."]:
+                raise UserError(
+                    f"{where}: expected an utterance id alone on a line, found "
+                    f"{_quote(lines[start])}"
+                )
+            end = start + 1
+            while end < len(lines) and lines[end].strip() != b".":
+                end += 1
+            body = lines[start + 1 : end]
+        else:
+            if words[1:] not in ([b"["], [b"[", b"]"]):
+                raise UserError(
+                    f"{where}: expected an utterance id and '[', found {_quote(lines[start])}"
+                )
+            end = start
+            while end < len(lines) and not lines[end].rstrip().endswith(b"]"):
+                end += 1
+            body = lines[start + 1 : end + 1]
+            if end < len(lines) and body:  # the last frame's line, or a line of its own
+                body[-1] = body[-1].rstrip()[:-1]
+                if not body[-1].strip():
+                    body.pop()
         utt_id = check_utt_id(words[0], where)
-        end = start + 1
-        while end < len(lines) and lines[end].strip() != b".":
-            end += 1
-        frames = _parse_frames(
-            lines[start + 1 : end], utt_id, name, first_line + start + 1, end < len(lines)
-        )
+        has_end = end < len(lines)
+        frames = _parse_frames(body, utt_id, name, first_line + start + 1, end_mark, has_end)
         yield Utterance(utt_id, frames, where)
         start = end + 1
 
 
-def _parse_frames(lines, utt_id, name, first_line, has_end):
+def _parse_frames(lines, utt_id, name, first_line, end_mark, has_end):
     """The lines of an utterance's frames -> float32 (T, D)."""
     frames = None
     if lines and has_end:
@@ -143,58 +194,57 @@ def _parse_frames(lines, utt_id, name, first_line, has_end):
                 frames = np.loadtxt(lines, np.float64, comments=None, ndmin=2, encoding="latin1")
         except (ValueError, UserWarning):
             frames = None
-    if frames is None or frames.shape[0] != len(lines) or frames.shape[1] < 2:
-        frames = _parse_slowly(lines, utt_id, name, first_line, has_end)
-    with np.errstate(over="ignore"):
-        frames = frames.astype(np.float32)
-    finite = np.isfinite(frames)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        found = _quote(lines[row].split()[column])
+    if frames is None or len(frames) != len(lines) or (end_mark == "." and frames.shape[1] < 2):
+        frames = _parse_slowly(lines, utt_id, name, first_line, end_mark, has_end)
+    frames, bad = to_float32(frames)
+    if bad is not None:
+        row, column = bad
         raise UserError(
             f"{name}:{first_line + row}: utterance {utt_id}: expected finite float32 numbers, "
-            f"found {found}"
+            f"found {_quote(lines[row].split()[column])}"
         )
     return frames
 
 
-def _parse_slowly(lines, utt_id, name, first_line, has_end):
+def to_float32(frames):
+    """A matrix -> (the same in float32, the index of its first NaN or infinity or None)."""
+    with np.errstate(over="ignore"):
+        frames = np.ascontiguousarray(frames, dtype=np.float32)
+    finite = np.isfinite(frames)
+    return frames, None if finite.all() else tuple(np.argwhere(~finite)[0])
+
+
+def _parse_slowly(lines, utt_id, name, first_line, end_mark, has_end):
     """Line by line with float(), for the message that says what is wrong, and where."""
     rows = []
+    if not has_end and lines and not lines[-1].strip():
+        lines = lines[:-1]  # what follows the last line break of a file
     for line_number, line in enumerate(lines, start=first_line):
         where = f"{name}:{line_number}: utterance {utt_id}"
         words = line.split()
-        width = len(rows[0]) if rows else None
-        if not has_end and line_number == first_line + len(lines) - 1 and not words:
-            break  # what follows the last line break of a file
-        try:
-            row = [float(word) for word in words]
-        except ValueError:
-            if len(words) == 1:
-                raise UserError(
-                    f"{where}: expected a frame or the '.' that ends the utterance, found "
-                    f"{_quote(line)}"
-                ) from None
-            bad = next(word for word in words if not _is_number(word))
-            raise UserError(f"{where}: expected numbers, found {_quote(bad)}") from None
-        if width is None and len(row) < 2:
+        bad = next((word for word in words if not _is_number(word)), None)
+        if bad is not None:
+            expected = f"a frame or {end_mark!r}" if len(words) == 1 else "numbers"
+            raise UserError(f"{where}: expected {expected}, found {_quote(bad)}")
+        if not rows and len(words) < 2 and end_mark == ".":
             raise UserError(
                 f"{where}: expected a frame of two numbers or more (a single word on a line is an "
                 f"utterance id), found {_quote(line)}"
             )
-        if width is not None and len(row) != width:
+        if rows and len(words) != len(rows[0]):
             raise UserError(
-                f"{where}: expected {width} numbers, as in the frame before, found {len(row)}"
+                f"{where}: expected {len(rows[0])} numbers, as in the first frame, found "
+                f"{len(words)}"
             )
-        rows.append(row)
+        rows.append([float(word) for word in words])
     where = f"{name}:{first_line + len(rows)}: utterance {utt_id}"
     if not has_end:
         raise UserError(
-            f"{where}: expected a '.' that ends the utterance, found the end of the file: "
-            "is the file truncated?"
+            f"{where}: expected {end_mark!r} at the end of the utterance, found the end of the "
+            "file: is it truncated?"
         )
-    if not rows:
-        raise UserError(f"{where}: expected frames, found none before the '.'")
+    if not rows or not rows[0]:
+        raise UserError(f"{where}: expected frames, found none before {end_mark!r}")
     return np.array(rows)
 
 
@@ -229,3 +279,104 @@ def check_utt_id(utt_id, where):
             "most 240 bytes, no '/' or '\\', no '.' in front"
         )
     return utt_id
+
+
+def ark_jobs(stream, name):
+    """A binary archive -> (bytes, job of some utterances)."""
+    job, size, position = [], 0, 0
+    while head := stream.read(1):
+        start = position
+        while not head.endswith(b" ") and len(head) <= 256 and (byte := stream.read(1)):
+            head += byte
+        where = f"{name}: byte {start}"
+        utt_id = check_utt_id(head[:-1], where)
+        frames, num_bytes = read_matrix(stream, f"{where}: utterance {utt_id}")
+        position += len(head) + num_bytes
+        job.append(Utterance(utt_id, frames, where))
+        size += len(head) + num_bytes
+        if size >= BLOCK_SIZE:
+            yield size, functools.partial(iter, job)
+            job, size = [], 0
+    if job:
+        yield size, functools.partial(iter, job)
+
+
+def read_matrix(stream, where):
+    """Kaldi's binary matrix at a stream's position -> (float32 (T, D), bytes read)."""
+    from kaldiio.matio import read_matrix_or_vector
+    from kaldiio.utils import MultiFileDescriptor
+
+    # Only this part of kaldiio is safe with files from anywhere: others run pipes and pickles.
+    head = stream.read(2)
+    while len(head) < 6 and not head.endswith(b" ") and (byte := stream.read(1)):
+        head += byte
+    if head[:2] != b"\0B" or head[2:-1] not in MATRIX_KINDS:
+        kinds = ", ".join(kind.decode() for kind in MATRIX_KINDS)
+        raise UserError(f"{where}: expected a binary matrix ({kinds}), found {head!r}")
+    try:
+        rest = MultiFileDescriptor(io.BytesIO(head), stream)
+        frames, num_bytes = read_matrix_or_vector(rest, return_size=True)
+    except (ValueError, AssertionError, struct.error, MemoryError, OverflowError, TypeError):
+        raise UserError(f"{where}: the matrix is truncated or damaged") from None
+    if frames.ndim != 2 or not frames.size:
+        raise UserError(f"{where}: expected frames, found a matrix of shape {frames.shape}")
+    frames, bad = to_float32(frames)
+    if bad is not None:
+        raise UserError(f"{where}: frame {bad[0]}: expected finite float32 numbers")
+    return frames, num_bytes
+
+
+def scp_jobs(stream, name):
+    """An .scp -> (bytes, job of some lines). Refuses pipes: they would run a command."""
+    job, size = [], 0
+    for number, line in enumerate(stream, start=1):
+        size += len(line)
+        where = f"{name}:{number}"
+        words = line.decode("utf-8", "replace").split(maxsplit=1)
+        if not words:
+            continue
+        utt_id = check_utt_id(words[0], where)
+        target = words[1].strip() if len(words) == 2 else ""
+        if target.endswith("|") or target.startswith("|"):
+            raise UserError(
+                f"{where}: utterance {utt_id}: is a pipe, which would run a command, and is "
+                "refused: write an archive with copy-feats and read that"
+            )
+        found = re.fullmatch(r"(.*?[^\]])(?::(\d{1,18}))?", target)
+        if not found:
+            raise UserError(
+                f"{where}: utterance {utt_id}: expected FILE or FILE:OFFSET, found "
+                f"{_quote(target.encode())}"
+            )
+        job.append((utt_id, found[1], int(found[2] or 0), where))
+        if len(job) == 32:
+            yield size, functools.partial(read_scp_lines, job)
+            job, size = [], 0
+    if job:
+        yield size, functools.partial(read_scp_lines, job)
+
+
+def read_scp_lines(lines):
+    """[(utterance id, file, offset, where)] -> utterances."""
+    file, opened = None, None
+    try:
+        for utt_id, path, offset, where in lines:
+            where_all = f"{where}: utterance {utt_id}: {path}"
+            if path != opened:
+                if file:
+                    file.close()
+                try:
+                    file, opened = open(path, "rb"), path  # noqa: SIM115
+                except OSError as error:
+                    raise UserError(
+                        f"{where_all}: {error.strerror} (paths are relative to where you are)"
+                    ) from None
+            size = os.fstat(file.fileno()).st_size
+            if offset >= size:
+                raise UserError(f"{where_all}: offset {offset}, but the file has {size} bytes")
+            file.seek(offset)
+            frames, _ = read_matrix(file, f"{where_all}: byte {offset}")
+            yield Utterance(utt_id, frames, where)
+    finally:
+        if file:
+            file.close()

@@ -1,19 +1,16 @@
-"""Turn log-Mel features from Kaldi into a folder of padded tensors, one an utterance.
+"""Turn Kaldi features or audio into a folder of padded log-Mel tensors, one an utterance.
 
-    python prepare_data.py --librispeech_from_kaldi train.blogmel.xz --save_dir data/train-clean-360
-    xzcat train.blogmel.xz | python prepare_data.py --librispeech_from_kaldi - --save_dir data/x
+    python prepare_data.py --librispeech_from_audio LibriSpeech/dev-clean --save_dir data/dev-clean
+    python prepare_data.py --librispeech_from_kaldi dump/dev-clean.blogmel.xz --save_dir data/dev
+    python prepare_data.py --librispeech_from_kaldi data/dev/feats.scp --cmvn speaker \\
+        --utt2spk data/dev/utt2spk --save_dir data/dev
 
 The folder gets <utt_id>.pt, float32 (max_seq_len, mel_dim), prepared.json (how it was made), and
 at last lengths.pkl, a dict {'<utt_id>.pt': frames}: a folder without it is unfinished.
 """
 
 import argparse
-import collections
-import concurrent.futures
-import multiprocessing
 import os
-import pickle
-from functools import partial
 
 from utils import UserError, __version__, positive, run
 
@@ -23,64 +20,149 @@ def build_parser():
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    source = parser.add_argument_group("source")
+    source = parser.add_argument_group("source, one of").add_mutually_exclusive_group()
     source.add_argument(
         "--librispeech_from_kaldi",
         default="./librispeech_data/kaldi/dev-clean-hires-norm.blogmel",
         metavar="PATH",
-        help="text dump of log-Mel features: plain, .xz, .gz, or - for standard input",
+        help="log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input",
     )
-    target = parser.add_argument_group("target")
-    target.add_argument(
-        "--max_seq_len",
-        type=positive,
-        default=1600,
-        help="frames of every tensor: utterances are truncated or zero-padded to this",
+    source.add_argument(
+        "--librispeech_from_audio", metavar="DIR", help="folder of .flac and .wav files, any depth"
     )
-    target.add_argument(
-        "--save_dir",
-        default="./librispeech_data/preprocessed/dev-clean",
-        help="folder for the tensors",
+    add = parser.add_argument_group("features").add_argument
+    kinds = ["speaker", "utterance", "global", "none"]
+    add(
+        "--cmvn",
+        choices=kinds,
+        help="what to normalise to mean 0 and variance 1 over (default: speaker for audio; none "
+        "for Kaldi's features, which the original's authors had normalised)",
     )
-    target.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the finished set that save_dir holds",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help="processes that parse and write",
-    )
+    add("--utt2spk", metavar="FILE", help="Kaldi's; default: an id up to its first '-'")
+    add("--sample_rate", type=positive, default=16000, help="of the audio, Hz")
+    add("--dither", type=float, default=0.0, help="noise added to audio; the original had 1")
+    add("--skip_bad", action="store_true", help="list bad audio in skipped.txt and go on")
+    add = parser.add_argument_group("target").add_argument
+    add("--max_seq_len", type=positive, default=1600, help="frames of a tensor: cut or padded to")
+    default = "./librispeech_data/preprocessed/dev-clean"
+    add("--save_dir", default=default, help="folder for the tensors")
+    add("--overwrite", action="store_true", help="replace the finished set that save_dir holds")
+    add("--resume", action="store_true", help="go on with an interrupted preparation")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--num_workers", type=positive, default=cores, help="processes that compute and write")
     return parser
 
 
 if __name__ == "__main__":
     build_parser().parse_args()  # --help must not wait for torch
 
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import pickle
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import audio
 import checkpoint
+import datasets
 import kaldi_io
 
+STATS = ".cmvn_stats.raw"  # there from the end of the first pass to the end of the second
 
-def save_utterances(job, save_dir, max_seq_len):
-    """Run a job, write its utterances -> [(utt_id, frames, mel_dim, where)]. Runs in a worker."""
+
+class Done(NamedTuple):
+    """What the main process learns of an utterance that a worker has written."""
+
+    utt_id: str
+    num_frames: int  # before truncation
+    mel_dim: int
+    where: str
+    stats: np.ndarray | None = None  # audio.cmvn_stats, over all frames
+
+
+# In the workers -----------------------------------------------------------------------------------
+
+
+def pad(frames, max_seq_len):
+    """float32 array (T, D) -> tensor (max_seq_len, D), cut or zero-padded."""
+    padded = torch.zeros(max_seq_len, frames.shape[1])
+    padded[: len(frames)] = torch.from_numpy(frames[:max_seq_len])
+    return padded
+
+
+def save_padded(job, save_dir, max_seq_len, resume):
+    """Write the tensors of a job's utterances, as they are -> ([Done], [])."""
     done = []
     for utt_id, frames, where in job():
-        tensor = torch.zeros(max_seq_len, frames.shape[1])
-        kept = frames[:max_seq_len]
-        tensor[: len(kept)] = torch.from_numpy(kept)
-        # No sync a file: they all are on disk before lengths.pkl says that they are there.
-        checkpoint.save(tensor, os.path.join(save_dir, f"{utt_id}.pt"), sync=False)
-        done.append((utt_id, len(frames), frames.shape[1], where))
-    return done
+        path = os.path.join(save_dir, f"{utt_id}.pt")
+        if not (resume and os.path.exists(path)):
+            # No sync a file: all are on disk before lengths.pkl says that they are there.
+            checkpoint.save(pad(frames, max_seq_len), path, sync=False)
+        done.append(Done(utt_id, *frames.shape, where))
+    return done, []
+
+
+def save_raw(utt_id, frames, where, save_dir, max_seq_len):
+    """Keep what normalising an utterance will need, <utt_id>.raw -> Done."""
+    stats = audio.cmvn_stats(frames)
+    raw = {
+        "frames": torch.from_numpy(frames[:max_seq_len].copy()),
+        "stats": torch.from_numpy(stats),
+        "num_frames": len(frames),
+    }
+    checkpoint.save(raw, os.path.join(save_dir, f"{utt_id}.raw"), sync=False)
+    return Done(utt_id, *frames.shape, where, stats)
+
+
+def save_raw_of_kaldi(job, save_dir, max_seq_len):
+    return [save_raw(*utterance, save_dir, max_seq_len) for utterance in job()], []
+
+
+def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
+    """(utterance id, file) -> ([Done], []), or with skip_bad perhaps ([], [what is wrong])."""
+    utt_id, path = job
+    raw_path = os.path.join(save_dir, f"{utt_id}.raw")
+    if resume and os.path.exists(raw_path):
+        raw = checkpoint.load(raw_path)
+        mel_dim = raw["frames"].shape[1]
+        return [Done(utt_id, raw["num_frames"], mel_dim, path, raw["stats"].numpy())], []
+    try:
+        frames = audio.fbank(audio.read_audio(path, config.sample_rate), config, name=path)
+    except UserError as error:
+        if not skip_bad:
+            raise
+        return [], [str(error)]
+    return [save_raw(utt_id, frames, path, save_dir, max_seq_len)], []
+
+
+def normalise(job, save_dir, max_seq_len):
+    """[(utterance id, statistics, or None for its own, or False for no CMVN)]: .raw -> .pt."""
+    for utt_id, stats in job:
+        raw_path = os.path.join(save_dir, f"{utt_id}.raw")
+        if not os.path.exists(raw_path):  # done before an interruption
+            continue
+        raw = checkpoint.load(raw_path)
+        frames = raw["frames"].numpy()
+        if stats is not False:
+            frames = audio.apply_cmvn(frames, raw["stats"].numpy() if stats is None else stats)
+        path = os.path.join(save_dir, f"{utt_id}.pt")
+        checkpoint.save(pad(frames, max_seq_len), path, sync=False)
+        os.remove(raw_path)
+    return len(job)
+
+
+# In the main process ------------------------------------------------------------------------------
 
 
 def run_jobs(jobs, function, num_workers):
-    """Yield (position, function(job)) in the order of `jobs`, computed by several processes.
+    """Yield (position, function(job)) for (position, job) in order, computed by many processes.
 
     Few jobs are under way at once, so that memory does not grow with the corpus.
     """
@@ -94,7 +176,7 @@ def run_jobs(jobs, function, num_workers):
         try:
             for position, job in jobs:
                 waiting.append((position, pool.submit(function, job)))
-                if len(waiting) > 2 * num_workers:
+                if len(waiting) > 4 * num_workers:
                     position, future = waiting.popleft()
                     yield position, future.result()
             for position, future in waiting:
@@ -105,84 +187,196 @@ def run_jobs(jobs, function, num_workers):
             pool.shutdown(cancel_futures=True)
 
 
-def clear_save_dir(save_dir, overwrite):
-    """Make save_dir an empty place for a new set, or raise UserError. Only our own files go."""
+def open_save_dir(args, prepared):
+    """Make save_dir ready for a new set, or for going on. UserError rather than lose anything."""
+    save_dir = args.save_dir
     os.makedirs(save_dir, exist_ok=True)
     names = os.listdir(save_dir)
-    lengths_path = os.path.join(save_dir, "lengths.pkl")
-    tensors = [name for name in names if name.endswith((".pt", ".pt.tmp"))]
-    if "lengths.pkl" in names:
-        if not overwrite:
-            raise UserError(
-                f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
-            )
-        os.remove(lengths_path)
-    elif tensors and "prepared.json" not in names and not overwrite:
+    ours = [name for name in names if name.endswith((".pt", ".raw", ".tmp"))]
+    before = datasets.read_prepared(save_dir)
+    finished = "lengths.pkl" in names
+    if finished and not args.overwrite:
         raise UserError(
-            f"{save_dir}: holds {len(tensors)} .pt files that are not of an unfinished set: choose "
+            f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
+        )
+    if args.resume and before is not None and not args.overwrite:
+        for key in prepared.keys() - {"mel_dim"}:
+            if before.get(key) != prepared[key]:
+                raise UserError(
+                    f"{save_dir}: {key} was {before.get(key)!r} when this set was begun, and is "
+                    f"{prepared[key]!r} now: --resume needs the same"
+                )
+        return
+    if ours and not finished and before is None and not args.overwrite:
+        raise UserError(
+            f"{save_dir}: holds files like {ours[0]} that are not of an unfinished set: choose "
             "another --save_dir, or --overwrite them"
         )
-    for name in tensors:
+    if finished:  # first of all: without it, the set is no longer one
+        os.remove(os.path.join(save_dir, "lengths.pkl"))
+    for name in [*ours, *({"skipped.txt"} & set(names))]:
         os.remove(os.path.join(save_dir, name))
 
 
+def read_utt2spk(path):
+    """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
+    speakers = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            words = line.split()
+            if len(words) != 2:
+                raise UserError(f"{path}:{number}: expected an utterance and a speaker")
+            speakers[words[0]] = words[1]
+    return speakers
+
+
+def speaker_of(utt_id, where, args, utt2spk):
+    """Whose statistics normalise an utterance; None for its own."""
+    if args.cmvn == "global":
+        return ""
+    if args.cmvn != "speaker":
+        return None
+    if utt2spk is None:
+        return utt_id.split("-")[0]
+    if utt_id not in utt2spk:
+        raise UserError(f"{where}: utterance {utt_id}: has no speaker in {args.utt2spk}")
+    return utt2spk[utt_id]
+
+
+def first_pass(jobs, function, bar, args, utt2spk):
+    """Run the jobs -> what the second pass, and the folder's description, need of them all."""
+    num_frames, speakers, stats, skipped, mel_dim = {}, {}, {}, [], None
+    for position, (done, bad) in run_jobs(jobs, function, args.num_workers):
+        for utt in done:
+            if utt.utt_id in num_frames:
+                raise UserError(f"{utt.where}: utterance {utt.utt_id}: this id was there before")
+            mel_dim = mel_dim or utt.mel_dim
+            if utt.mel_dim != mel_dim:
+                raise UserError(
+                    f"{utt.where}: utterance {utt.utt_id}: expected frames of {mel_dim} numbers, "
+                    f"as in the utterances before, found {utt.mel_dim}"
+                )
+            num_frames[utt.utt_id] = utt.num_frames
+            speaker = speaker_of(utt.utt_id, utt.where, args, utt2spk)
+            if speaker is not None:
+                speakers[utt.utt_id] = speaker
+                stats[speaker] = stats.get(speaker, 0) + torch.from_numpy(utt.stats)
+        skipped += bad
+        bar.set_postfix(utterances=len(num_frames), refresh=False)
+        bar.update(position - bar.n)
+    return {
+        "num_frames": num_frames,
+        "speakers": speakers,
+        "stats": stats,
+        "skipped": skipped,
+        "mel_dim": mel_dim,
+    }
+
+
+def second_pass(saved, args, bar):
+    """Normalise and pad what the first pass left."""
+
+    def stats_of(utt_id):
+        if args.cmvn in ("none", "utterance"):
+            return False if args.cmvn == "none" else None
+        return saved["stats"][saved["speakers"][utt_id]].numpy()
+
+    ids = list(saved["num_frames"])
+    chunks = [ids[start : start + 8] for start in range(0, len(ids), 8)]
+    jobs = ((0, [(utt_id, stats_of(utt_id)) for utt_id in chunk]) for chunk in chunks)
+    function = partial(normalise, save_dir=args.save_dir, max_seq_len=args.max_seq_len)
+    for _, count in run_jobs(jobs, function, args.num_workers):
+        bar.update(count)
+
+
+def parse_args(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    from_audio = args.librispeech_from_audio is not None
+    args.cmvn = args.cmvn or ("speaker" if from_audio else "none")
+    if args.utt2spk and args.cmvn != "speaker":
+        parser.error(f"--utt2spk is for --cmvn speaker, not {args.cmvn}")
+    if args.skip_bad and not from_audio:
+        parser.error("--skip_bad is for --librispeech_from_audio")
+    if args.resume and args.librispeech_from_kaldi == "-":
+        parser.error("--resume cannot read standard input again")
+    if not args.dither >= 0:
+        parser.error(f"--dither {args.dither}: expected 0 or more")
+    return args
+
+
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    source = args.librispeech_from_kaldi
-    size, jobs = kaldi_io.read_dump(source)
-    # The first block is read before anything on disk changes: it may be no dump at all.
-    first = next(jobs)
-    clear_save_dir(args.save_dir, args.overwrite)
-    print(
-        f"preparing {source} ({'a stream' if size is None else f'{size / 1e6:.1f} MB'}) -> "
-        f"{args.save_dir}: text dump, max_seq_len {args.max_seq_len}, {args.num_workers} workers"
-    )
+    args = parse_args(argv)
+    utt2spk = read_utt2spk(args.utt2spk) if args.utt2spk else None
+    target = {"save_dir": args.save_dir, "max_seq_len": args.max_seq_len}
     prepared = {
         "source": "kaldi",
-        "format": "text dump",
-        "path": source,
-        "cmvn": "none",
+        "path": args.librispeech_from_audio or args.librispeech_from_kaldi,
+        "fbank": None,  # Kaldi's archives do not tell
+        "cmvn": args.cmvn,
         "mel_dim": None,
         "max_seq_len": args.max_seq_len,
         "version": __version__,
     }
+    skipped = []
+    if args.librispeech_from_audio is not None:
+        config = audio.FbankConfig(sample_rate=args.sample_rate, dither=args.dither)
+        prepared |= {"source": "audio", "fbank": dataclasses.asdict(config)}
+        files = audio.find_audio(args.librispeech_from_audio, skipped if args.skip_bad else None)
+        kind, size, jobs = "audio", len(files), enumerate(files, start=1)
+        flags = {"resume": args.resume, "skip_bad": args.skip_bad}
+        function = partial(save_raw_of_audio, config=config, **flags, **target)
+    else:
+        kind, size, jobs = kaldi_io.read_kaldi(args.librispeech_from_kaldi)
+        # The start is read before anything on disk changes: it may be no features at all.
+        jobs = itertools.chain([next(jobs)], jobs)
+        function = partial(save_raw_of_kaldi, **target)
+        if args.cmvn == "none":
+            function = partial(save_padded, resume=args.resume, **target)
+
+    open_save_dir(args, prepared)
+    print(
+        f"preparing {prepared['path']} ({kind}), CMVN: {args.cmvn}, tensors of {args.max_seq_len} "
+        f"frames, {args.num_workers} processes -> {args.save_dir}"
+    )
     prepared_path = os.path.join(args.save_dir, "prepared.json")
-    checkpoint.write_json(prepared, prepared_path)
+    stats_path = os.path.join(args.save_dir, STATS)
+    if os.path.exists(stats_path):  # the first pass was done before an interruption
+        saved = checkpoint.load(stats_path)
+    else:
+        checkpoint.write_json(prepared, prepared_path)
+        unit = {"unit": "file"} if kind == "audio" else {"unit": "B", "unit_scale": True}
+        with tqdm(total=size, desc="features", dynamic_ncols=True, **unit) as bar:
+            saved = first_pass(jobs, function, bar, args, utt2spk)
+        saved["skipped"] = skipped + saved["skipped"]
+        if not saved["num_frames"]:
+            raise UserError(f"{prepared['path']}: no utterance is left: {saved['skipped'][0]}")
+    if kind == "audio" or args.cmvn != "none":
+        checkpoint.save(saved, stats_path)
+        with tqdm(total=len(saved["num_frames"]), desc="CMVN", unit="utt") as bar:
+            second_pass(saved, args, bar)
 
-    lengths = {}
-    frames = 0
-    save = partial(save_utterances, save_dir=args.save_dir, max_seq_len=args.max_seq_len)
-    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
-    with bar:
-        for position, done in run_jobs(_chain(first, jobs), save, args.num_workers):
-            for utt_id, num_frames, mel_dim, where in done:
-                if f"{utt_id}.pt" in lengths:
-                    raise UserError(f"{where}: utterance {utt_id}: this id was there before")
-                prepared["mel_dim"] = prepared["mel_dim"] or mel_dim
-                if mel_dim != prepared["mel_dim"]:
-                    raise UserError(
-                        f"{where}: utterance {utt_id}: expected frames of {prepared['mel_dim']} "
-                        f"numbers, as in the utterances before, found {mel_dim}"
-                    )
-                lengths[f"{utt_id}.pt"] = min(num_frames, args.max_seq_len)
-                frames += num_frames
-            bar.set_postfix(utterances=len(lengths), refresh=False)
-            bar.update(position - bar.n)
-
+    if saved["skipped"]:
+        with checkpoint.atomic_write(os.path.join(args.save_dir, "skipped.txt")) as file:
+            file.write("".join(f"{line}\n" for line in saved["skipped"]).encode())
+    prepared["mel_dim"] = saved["mel_dim"]
+    if args.cmvn == "global":  # a model trained on it needs them for new speech
+        prepared["cmvn_stats"] = saved["stats"][""].tolist()
     checkpoint.write_json(prepared, prepared_path)
-    os.sync()  # a crash of the machine must not leave lengths.pkl without its tensors
+    if hasattr(os, "sync"):
+        os.sync()  # a crash of the machine must not leave lengths.pkl without its tensors
+    num_frames = saved["num_frames"]
+    lengths = {f"{utt_id}.pt": min(n, args.max_seq_len) for utt_id, n in num_frames.items()}
     with checkpoint.atomic_write(os.path.join(args.save_dir, "lengths.pkl")) as file:
         pickle.dump(lengths, file, protocol=4)
-    truncated = frames - sum(lengths.values())
+    if os.path.exists(stats_path):
+        os.remove(stats_path)
+    total = sum(num_frames.values())
     print(
-        f"{args.save_dir}: {len(lengths)} utterances, {frames} frames ({frames / 360000:.2f} h at "
-        f"10 ms), mel_dim {prepared['mel_dim']}; {truncated} frames beyond max_seq_len were cut"
+        f"{args.save_dir}: {len(lengths)} utterances, {total} frames ({total / 360000:.2f} h at "
+        f"10 ms), mel_dim {saved['mel_dim']}; {total - sum(lengths.values())} frames beyond "
+        f"max_seq_len were cut, {len(saved['skipped'])} files were skipped"
     )
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest
 
 
 if __name__ == "__main__":

@@ -1,41 +1,32 @@
 """extract_features.py: what it writes is what the model says of each utterance alone."""
 
 import os
-import pickle
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, make_folder
 
 import extract_features
 import utils
 from apc_model import APCModel
 from utils import PrenetConfig, RNNConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 MEL, HIDDEN, SEQ_LEN = 7, 10, 25
-LENGTHS = {"b-2": 25, "a-1": 1, "c": 13, "spk-d.0": 24, "e": 2, "f": 13, "g": 8}
+FRAMES = [25, 1, 13, 24, 2, 13, 8]
+
+
+def write_folder(path, width=MEL):
+    """A prepared folder; give {file name: its real frames (T, width)}."""
+    tensors, lengths = make_folder(path, FRAMES, width, SEQ_LEN)
+    return {name: tensors[name][:length] for name, length in lengths.items()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "dev"
-    return path, write_folder(path, MEL)
-
-
-def write_folder(path, width):
-    path.mkdir()
-    generator = torch.Generator().manual_seed(2)
-    frames = {}
-    for utt, length in LENGTHS.items():
-        tensor = torch.zeros(SEQ_LEN, width)
-        tensor[:length] = frames[utt] = torch.randn(length, width, generator=generator)
-        torch.save(tensor, path / f"{utt}.pt")
-    with open(path / "lengths.pkl", "wb") as file:
-        pickle.dump({f"{utt}.pt": length for utt, length in LENGTHS.items()}, file)
-    return frames
+    return path, write_folder(path)
 
 
 def build(path, prenet_layers=0, residual=True, rnn_type="gru", layers=3):
@@ -83,7 +74,7 @@ def error_line(stderr, parser=False):
 
 
 def features(save_dir):
-    """{utterance: tensor} of a finished folder; every .pt in it is whole."""
+    """{file name: tensor} of a folder of features; every .pt in it is whole."""
     out = {}
     for name in os.listdir(save_dir):
         assert name.endswith(".pt") or "tmp" not in name, f"left behind: {name}"
@@ -92,16 +83,16 @@ def features(save_dir):
             assert tensor.dtype == torch.float32
             assert not tensor.requires_grad
             assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
-            out[name.removesuffix(".pt")] = tensor
+            out[name] = tensor
     return out
 
 
 def assert_close(got, frames, truth):
     assert sorted(got) == sorted(frames)
-    for utt, x in frames.items():
+    for name, x in frames.items():
         expected = truth(x)
-        assert got[utt].shape == expected.shape
-        assert torch.allclose(got[utt], expected, atol=1e-5), utt
+        assert got[name].shape == expected.shape
+        assert torch.allclose(got[name], expected, atol=1e-5), name
 
 
 # ------------------------------------------------------------------------------ good runs
@@ -117,9 +108,7 @@ def test_features_do_not_depend_on_the_batch(tmp_path, extract, folder, batch_si
     assert status == 0, stderr
     got = features(tmp_path / "out")
     assert_close(got, frames, lambda x: alone(x)[-1])
-    assert {utt: tuple(x.shape) for utt, x in got.items()} == {
-        utt: (length, HIDDEN) for utt, length in LENGTHS.items()
-    }
+    assert [tuple(got[name].shape) for name in sorted(got)] == [(n, HIDDEN) for n in FRAMES]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +132,7 @@ def test_layers(tmp_path, extract, folder, model):
     assert status == 0, stderr
     got = features(tmp_path / "all")
     assert_close(got, frames, alone)
-    assert all(got[utt].shape == (count, n, HIDDEN) for utt, n in LENGTHS.items())
+    assert [tuple(got[name].shape) for name in sorted(got)] == [(count, n, HIDDEN) for n in FRAMES]
 
     status, stderr = extract(*run, tmp_path / "first", flag, "--layer", 0)
     assert status == 0, stderr
@@ -232,7 +221,7 @@ def test_features_never_land_on_their_source(tmp_path, extract):
     """The names are the same: written into the prepared folder they would destroy it."""
     build(tmp_path / "m.pt")
     data = tmp_path / "data"
-    write_folder(data, MEL)
+    write_folder(data)
     before = {path.name: path.read_bytes() for path in data.iterdir()}
     status, stderr = extract(tmp_path / "m.pt", data, data, "--residual")
     assert status not in (0, None)
@@ -256,22 +245,23 @@ def test_on_a_gpu(tmp_path, extract, folder):
     alone = build(tmp_path / "m.pt")
     status, stderr = extract(tmp_path / "m.pt", data, tmp_path / "out", "--residual", device="cuda")
     assert status == 0, stderr
-    for utt, tensor in features(tmp_path / "out").items():
+    for name, tensor in features(tmp_path / "out").items():
         assert tensor.device.type == "cpu"
         # TF32 and other kernels: not the CPU's digits.
-        assert torch.allclose(tensor, alone(frames[utt])[-1], atol=5e-3)
+        assert torch.allclose(tensor, alone(frames[name])[-1], atol=5e-3)
 
 
 def test_a_failed_run_leaves_whole_files_only(tmp_path, extract):
     build(tmp_path / "m.pt")
     data = tmp_path / "data"
-    write_folder(data, MEL)
-    (data / "f.pt").write_bytes((data / "f.pt").read_bytes()[:700])
+    frames = write_folder(data)
+    bad = data / "utt-005.pt"
+    bad.write_bytes(bad.read_bytes()[:700])
     status, stderr = extract(
         tmp_path / "m.pt", data, tmp_path / "out", "--residual", "--batch_size", 1
     )
     assert status not in (0, None)
-    assert "f.pt" in error_line(stderr)
+    assert bad.name in error_line(stderr)
     if (tmp_path / "out").exists():
-        for utt, tensor in features(tmp_path / "out").items():
-            assert tensor.shape == (LENGTHS[utt], HIDDEN)
+        for name, tensor in features(tmp_path / "out").items():
+            assert tensor.shape == (len(frames[name]), HIDDEN)
