@@ -127,7 +127,7 @@ class APCModel(nn.Module):
             internal_reps: (L, B, T, H), or (L + 1, B, T, H) with the prenet's output first; beyond
                 `lengths` 0. The last, internal_reps[-1], is the papers' feature.
         """
-        reps = self._layers(inputs)
+        reps, _ = self._layers(inputs)
         predicted_mel = self.postnet(reps[-1])  # (B, T, D)
 
         valid = valid_frames(lengths, inputs.size(1), inputs.device)[:, :, None]  # (B, T, 1)
@@ -135,21 +135,44 @@ class APCModel(nn.Module):
         internal_reps = torch.stack(reps).masked_fill_(~valid, 0)  # (L (+ 1), B, T, H)
         return predicted_mel, internal_reps
 
-    def _layers(self, inputs):
-        """(B, T, D) -> the outputs of prenet and RNN layers, each (B, T, H)."""
-        reps = []
+    def stream(self, inputs, state=None):
+        """forward() for speech that is still coming in: what it gives follows from the past alone.
+
+        Chunks of any sizes, put together, give what forward() gives for the whole (to 1e-5). Call
+        it in eval mode, and under torch.inference_mode() if no gradient is wanted.
+
+        Args:
+            inputs: (B, T, D) float, the next T >= 0 frames of each of B utterances.
+            state: what the call before returned; None at the start of the utterances.
+
+        Returns:
+            predicted_mel: (B, T, D).
+            internal_reps: (L, B, T, H), or (L + 1, B, T, H) with the prenet's output first.
+            state: list of L layers' states; (1, B, H) for a GRU, a pair of them for an LSTM.
+        """
+        if inputs.size(1) == 0:  # nn.GRU refuses it
+            num_reps = len(self.rnns) + (self.prenet is not None)
+            hidden_size = self.rnns[0].hidden_size
+            return inputs, inputs.new_zeros(num_reps, inputs.size(0), 0, hidden_size), state
+        reps, state = self._layers(inputs, state)
+        return self.postnet(reps[-1]), torch.stack(reps), state
+
+    def _layers(self, inputs, state=None):
+        """(B, T, D), layers' states -> outputs of prenet and RNN layers, each (B, T, H); states."""
+        reps, new_state = [], []
         if self.prenet is not None:
             inputs = self.prenet(inputs)  # (B, T, H)
             reps.append(inputs)
         for i, rnn in enumerate(self.rnns):
-            outputs, _ = rnn(inputs)  # (B, T, H)
+            outputs, rnn_state = rnn(inputs, state[i] if state else None)  # (B, T, H)
             if i + 1 < len(self.rnns):
                 outputs = self.rnn_dropout(outputs)
             if self.rnn_residual and inputs.size(-1) == outputs.size(-1):
                 outputs = outputs + inputs
             reps.append(outputs)
+            new_state.append(rnn_state)
             inputs = outputs
-        return reps
+        return reps, new_state
 
 
 def apc_loss(predicted_mel, inputs, lengths, time_shift, seq_len, bias):

@@ -1,5 +1,6 @@
 """What a run keeps: files that are either whole or not there, its checkpoints and its logs."""
 
+import argparse
 import contextlib
 import glob
 import io
@@ -70,7 +71,9 @@ def load(path):
     Raises:
         UserError: it is no checkpoint, is damaged, or holds more than plain data and tensors.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
+    # s3prl's checkpoints carry their flags in one of these, which is a plain record.
+    plain = torch.serialization.safe_globals([argparse.Namespace])
+    with open(path, "rb") as file, plain, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old formats
         try:
             return torch.load(file, map_location="cpu", weights_only=True)

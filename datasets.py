@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils import data
 
+import audio
 import checkpoint
 from utils import UserError
 
@@ -86,9 +87,42 @@ class LibriSpeech(data.Dataset):
             raise UserError(f"{path}: expected a float32 tensor (frames, mel_dim)")
         return frames
 
-    def frame_counts(self):
-        """(len(self),) int64, the frames of each item."""
-        return np.array([self.lengths[name] for name in self.ids])
+
+class AudioFiles(data.Dataset):
+    """Audio files as log-Mel utterances, computed as they are asked for, and never cut.
+
+    Args:
+        files: [(utterance id, path)], as audio.find_audio lists them.
+        config: audio.FbankConfig.
+        stats: dict utterance id -> the CMVN statistics (audio.cmvn_stats) that normalise it; None
+            for no CMVN.
+        num_frames: dict utterance id -> frames.
+
+    Items and attributes are those of LibriSpeech, but the tensors are as long as the utterances.
+    """
+
+    def __init__(self, files, config, stats, num_frames):
+        self.files = files
+        self.config = config
+        self.stats = stats
+        self.ids = [f"{utt_id}.pt" for utt_id, _ in files]
+        self.lengths = {f"{utt_id}.pt": num_frames[utt_id] for utt_id, _ in files}
+        self.mel_dim = config.num_mel_bins
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        utt_id, path = self.files[index]
+        frames = audio.fbank(audio.read_audio(path, self.config.sample_rate), self.config, path)
+        if self.stats is not None:
+            frames = audio.apply_cmvn(frames, self.stats[utt_id])
+        return torch.from_numpy(frames), len(frames)
+
+
+def frame_counts(dataset):
+    """(len(dataset),) int64, the frames of each item."""
+    return np.array([dataset.lengths[name] for name in dataset.ids])
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -144,7 +178,8 @@ def collate(items):
     if not items:
         return torch.zeros(0, 0, 0), torch.zeros(0, dtype=torch.int64)
     lengths = torch.tensor([length for _, length in items])
-    return torch.stack([frames[: lengths.max()] for frames, _ in items]), lengths
+    frames = [frames[: lengths.max()] for frames, _ in items]
+    return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths
 
 
 class BatchSampler(data.Sampler):

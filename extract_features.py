@@ -1,16 +1,27 @@
-"""Write the features that a trained APC model makes of a prepared folder.
+"""Write the features that a trained APC model makes of speech.
 
     python extract_features.py --checkpoint logs/foo.dir/foo__epoch_100.model \\
         --data_dir data/dev-clean --save_dir features/dev-clean
+    python extract_features.py --checkpoint apc_360hr.ckpt --audio recordings --save_dir features \\
+        --format ark --layer mean
+    torchrun --nproc_per_node=4 extract_features.py ...        # the utterances shared out
 
-Writes <save_dir>/<utt_id>.pt, float32 (frames, hidden size): the last layer's outputs, as in the
-papers. With --layer all, (layers, frames, hidden size), a prenet's output first.
+Writes a float32 matrix (frames, hidden size) an utterance: the last layer's outputs, as in the
+papers. With --layer all or a list, (layers, frames, hidden size); a prenet's output is layer 0.
 """
 
 import argparse
 import os
 
-from utils import UserError, add_residual_flags, choose_device, positive, run, setup_logging
+from utils import (
+    UserError,
+    add_residual_flags,
+    not_negative,
+    positive,
+    run,
+    setup_logging,
+    start_processes,
+)
 
 
 def build_parser():
@@ -21,13 +32,20 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="FILE", help="any that load_pretrained.py reads")
     add_residual_flags(parser)
-    add = parser.add_argument_group("data").add_argument
-    add("--data_dir", required=True, metavar="DIR", help="folder from prepare_data.py")
+    source = parser.add_argument_group("speech, one of").add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_dir", metavar="DIR", help="folder from prepare_data.py")
+    source.add_argument("--audio", metavar="PATH", help=".flac or .wav file, or a folder of them")
+    parser.add_argument("--utt2spk", metavar="FILE", help="Kaldi's, for models with speaker CMVN")
+    add = parser.add_argument_group("features").add_argument
     add("--save_dir", required=True, metavar="DIR", help="folder for the features")
-    add("--layer", default="last", help="which layer: last, all, or a number from 0 (the lowest)")
+    layer = "last, all, mean, a number from 0 (the lowest) or a list like 0,2"
+    add("--layer", default="last", help=f"which layers' outputs: {layer}")
+    add("--format", choices=["pt", "npy", "ark"], default="pt", help="ark: Kaldi's, with feats.scp")
+    add("--dtype", choices=["float32", "float16"], default="float32", help="of the numbers")
+    add("--resume", action="store_true", help="go on: skip the utterances that are there")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch_size", type=positive, default=32, help="utterances at a time")
-    add("--load_data_workers", type=int, default=2, help="processes that load data")
+    add("--batch_size", type=positive, default=32, help="utterances at a time, over all processes")
+    add("--load_data_workers", type=not_negative, default=2, help="processes that load data")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     return parser
 
@@ -35,63 +53,290 @@ def build_parser():
 if __name__ == "__main__":
     build_parser().parse_args()  # --help must not wait for torch
 
+import contextlib
+import json
+import logging
+import re
+from functools import partial
+
+import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+import audio
 import checkpoint
-from datasets import BatchSampler, LibriSpeech, collate
-from load_pretrained import load_pretrained, summary
+import kaldi_io
+import prepare_data
+from datasets import AudioFiles, BatchSampler, LibriSpeech, collate, frame_counts
+from load_pretrained import load_with_config, summary
+
+MAX_FRAMES = 1 << 16  # padded frames through the model at once, unless an utterance has more
 
 
-def choose_layer(name, num_layers):
-    """`last`, `all` or a number -> what indexes internal_reps. UserError lists what there is."""
-    choices = {"last": -1, "all": slice(None)} | {str(i): i for i in range(num_layers)}
-    if name not in choices:
-        raise UserError(f"--layer {name}: this model has: {', '.join(choices)}")
-    return choices[name]
+def choose_layers(name, num_layers):
+    """The flag --layer -> a function from internal_reps (L, B, T, H) to ((layers,) B, T, H)."""
+    if name == "mean":
+        return lambda reps: reps.mean(dim=0)
+    if name == "all":
+        return lambda reps: reps
+    numbers = [num_layers - 1] if name == "last" else []
+    if re.fullmatch(r"\d{1,3}(,\d{1,3})*", name):
+        numbers = [int(number) for number in name.split(",")]
+    if not numbers or max(numbers) >= num_layers:
+        choices = ["last", "all", "mean", *map(str, range(num_layers))]
+        raise UserError(f"--layer {name}: this model has: {', '.join(choices)}, or a list like 0,1")
+    if len(numbers) == 1:
+        return lambda reps: reps[numbers[0]]
+    return lambda reps: reps[numbers]
+
+
+def open_audio(args, data):
+    """--audio, and how the model's training data were made (or None) -> AudioFiles.
+
+    All files are read once beforehand: for what is wrong with one, for speakers' statistics.
+    """
+    config, cmvn = audio.FbankConfig(), "speaker"
+    if data and data["source"] == "audio":
+        config, cmvn = audio.FbankConfig(**data["fbank"]), data["cmvn"]
+    else:
+        logging.warning(
+            "how the features that the model was trained on were made is not known: taking the "
+            "original's fbank settings and CMVN by speaker"
+        )
+    files = audio.find_audio(args.audio)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    utt2spk = prepare_data.read_utt2spk(args.utt2spk) if args.utt2spk else None
+    num_frames, stats, speakers = {}, {}, {}
+    jobs = enumerate(files)
+    for _, (utt_id, path, frames, utt_stats) in prepare_data.run_jobs(
+        jobs, partial(measure, config=config), cores
+    ):
+        speaker = prepare_data.speaker_of(utt_id, path, cmvn, utt2spk)
+        speakers[utt_id] = utt_id if speaker is None else speaker
+        stats[speakers[utt_id]] = stats.get(speakers[utt_id], 0) + utt_stats
+        num_frames[utt_id] = frames
+    if cmvn == "global":
+        stats = {"": np.array(data["cmvn_stats"])}
+    of_utt = {utt_id: stats[speaker] for utt_id, speaker in speakers.items()}
+    return AudioFiles(files, config, None if cmvn == "none" else of_utt, num_frames)
+
+
+def measure(job, config):
+    """(utterance id, path) -> (both, frames, CMVN statistics). Runs in a worker."""
+    frames = audio.fbank(audio.read_audio(job[1], config.sample_rate), config, name=job[1])
+    return *job, len(frames), audio.cmvn_stats(frames)
+
+
+def warn_of_other_data(trained, given, data_dir):
+    """Say so if a model is fed what was made in another way than what it was trained on."""
+    for key in ("source", "fbank", "cmvn"):
+        if trained and given and trained.get(key) != given.get(key):
+            logging.warning(
+                "%s: %s is %s, but the model was trained on %s",
+                data_dir,
+                key,
+                given.get(key),
+                trained.get(key),
+            )
+
+
+class FileWriter:
+    """A file an utterance: <utt_id>.pt or .npy."""
+
+    def __init__(self, save_dir, ending, resume):
+        self.save_dir = save_dir
+        self.ending = ending
+        self.resume = resume
+
+    def path(self, utt_id):
+        return os.path.join(self.save_dir, f"{utt_id}.{self.ending}")
+
+    def has(self, utt_id):
+        return self.resume and os.path.exists(self.path(utt_id))
+
+    def write(self, utt_id, features):
+        if self.ending == "pt":
+            checkpoint.save(features, self.path(utt_id), sync=False)
+        else:
+            with checkpoint.atomic_write(self.path(utt_id), sync=False) as file:
+                np.save(file, features.numpy())
+
+    def close(self):
+        pass
+
+
+class ArkWriter:
+    """Kaldi's <name>.ark and <name>.scp, under these names only when they are complete."""
+
+    def __init__(self, save_dir, name, resume):
+        self.path = os.path.abspath(os.path.join(save_dir, name))
+        self.finished = resume and os.path.exists(f"{self.path}.scp")
+        if self.finished:
+            return
+        interrupted = os.path.exists(f"{self.path}.scp.part")
+        if resume and interrupted and not os.path.exists(f"{self.path}.ark.part"):
+            os.replace(f"{self.path}.ark", f"{self.path}.ark.part")  # close() was cut off
+        self.ark = open(f"{self.path}.ark.part", "ab+" if resume else "wb+")  # noqa: SIM115
+        self.scp = open(f"{self.path}.scp.part", "ab+" if resume else "wb+")  # noqa: SIM115
+        self.scp.seek(0)
+        lines = self.scp.readlines() if resume else []
+        # A line stands there only when its matrix does; the last of each may be half written.
+        offsets = [int(line.rsplit(b":")[-1]) for line in lines[:-1]]
+        self.ids = [line.split(b" ")[0].decode() for line in lines[:-1]]
+        end = 0
+        if lines[:-1]:
+            self.ark.seek(offsets[-1])
+            end = offsets[-1] + kaldi_io.read_matrix(self.ark, f"{self.path}.ark.part")[1]
+        self.ark.truncate(end)
+        self.scp.truncate(sum(len(line) for line in lines[:-1]))
+        self.ids = set(self.ids)
+
+    def has(self, utt_id):
+        return self.finished or utt_id in self.ids
+
+    def write(self, utt_id, features):
+        import kaldiio
+
+        self.ark.seek(0, os.SEEK_END)
+        offset = self.ark.tell() + len(utt_id.encode()) + 1  # of the matrix, behind "utt_id "
+        kaldiio.save_ark(self.ark, {utt_id: features.numpy()})
+        self.ark.flush()
+        self.scp.write(f"{utt_id} {self.path}.ark:{offset}\n".encode())
+        self.scp.flush()
+
+    def close(self):
+        if self.finished:
+            return
+        with contextlib.suppress(FileNotFoundError):  # an old one would point into the new archive
+            os.remove(f"{self.path}.scp")
+        os.fsync(self.ark.fileno())
+        self.ark.close()
+        os.replace(f"{self.path}.ark.part", f"{self.path}.ark")
+        self.scp.seek(0)
+        with checkpoint.atomic_write(f"{self.path}.scp") as file:
+            file.writelines(sorted(self.scp))
+        self.scp.close()
+        os.remove(f"{self.path}.scp.part")
+
+
+def open_writer(args, ids, rank, world_size):
+    """Make save_dir ready -> the writer of the format. UserError if it is of another extraction."""
+    if os.path.exists(os.path.join(args.save_dir, "lengths.pkl")):
+        raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
+    about = {
+        "checkpoint": args.checkpoint,
+        "source": args.data_dir or args.audio,
+        "layer": args.layer,
+        "format": args.format,
+        "dtype": args.dtype,
+        "processes": world_size if args.format == "ark" else None,
+    }
+    path = os.path.join(args.save_dir, "features.json")
+    if args.resume and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        for key, value in about.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{path}: {key} was {before.get(key)!r} when this was begun, and is {value!r} "
+                    "now: --resume needs the same"
+                )
+    elif rank == 0:
+        os.makedirs(args.save_dir, exist_ok=True)
+        checkpoint.write_json(about, path)
+    if world_size > 1:
+        dist.barrier()
+    if args.format != "ark":
+        return FileWriter(args.save_dir, args.format, args.resume)
+    for utt_id in ids:
+        if re.search(r"\s", utt_id):
+            raise UserError(f"utterance id {utt_id!r}: an ark's ids are without spaces")
+    return ArkWriter(args.save_dir, f"feats.{rank + 1}" if world_size > 1 else "feats", args.resume)
+
+
+def extract(model, loader, device, choose, dtype):
+    """Run a loader's utterances through the model -> (utterance id, ((layers,) T, H)) of each."""
+    dataset, todo = loader.dataset.dataset, loader.dataset.indices
+    # The order is fixed, so that a second round of the sampler tells what a batch holds.
+    for (inputs, lengths), indices in zip(loader, loader.batch_sampler):
+        # Long recordings go through in smaller batches than asked for.
+        part = max(1, MAX_FRAMES // inputs.size(1))
+        for start in range(0, len(indices), part):
+            part_lengths = lengths[start : start + part]
+            part_inputs = inputs[start : start + part, : part_lengths.max()]
+            _, internal_reps = model(part_inputs.to(device, non_blocking=True), part_lengths)
+            features = choose(internal_reps).to(dtype).cpu()  # ((layers,) B, T, H)
+            for i, length in enumerate(part_lengths.tolist()):
+                utt_id = dataset.ids[todo[indices[start + i]]].removesuffix(".pt")
+                yield utt_id, features[..., i, :length, :].clone()
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     setup_logging()
-    device = choose_device(args.device)
-    model = load_pretrained(args.checkpoint, device, args.residual)
-    num_layers = len(model.rnns) + (model.prenet is not None)
-    layer = choose_layer(args.layer, num_layers)
-    dataset = LibriSpeech(args.data_dir)
+    rank, world_size, device = start_processes(args.device)
+    model, config = load_with_config(args.checkpoint, device, args.residual)
+    trained = (config.get("data") or [None])[0]
+    choose = choose_layers(args.layer, len(model.rnns) + (model.prenet is not None))
+    if args.format == "ark" and (args.layer == "all" or "," in args.layer):
+        raise UserError(f"--format ark holds matrices, but --layer {args.layer} gives one a layer")
+    if args.format == "ark" and args.dtype != "float32":
+        raise UserError("--format ark: Kaldi has no float16: leave --dtype float32")
+    if args.audio:
+        dataset = open_audio(args, trained)
+    else:
+        dataset = LibriSpeech(args.data_dir)
+        warn_of_other_data(trained, dataset.prepared, args.data_dir)
+    source = args.data_dir or args.audio
     if dataset.mel_dim != model.mel_dim:
         raise UserError(
-            f"{args.data_dir}: its frames have {dataset.mel_dim} numbers, but the model "
-            f"{args.checkpoint} reads {model.mel_dim}"
+            f"{source}: its frames have {dataset.mel_dim} numbers, but the model {args.checkpoint} "
+            f"reads {model.mel_dim}"
         )
-    if os.path.exists(os.path.join(args.save_dir, "lengths.pkl")):
-        raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
-    os.makedirs(args.save_dir, exist_ok=True)
+    # Each process has its own utterances, of all lengths.
+    num_frames = frame_counts(dataset)
+    mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
+    writer = open_writer(args, dataset.ids, rank, world_size)
+    todo = [i for i in mine if not writer.has(dataset.ids[i].removesuffix(".pt"))]
     print(
-        f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for "
-        f"{len(dataset)} utterances, {sum(dataset.lengths.values())} frames of {args.data_dir}, on "
-        f"{device} -> {args.save_dir}"
+        f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {len(todo)} of "
+        f"{len(dataset)} utterances, {num_frames[todo].sum()} frames of {source}, on {device}, "
+        f"process {rank + 1} of {world_size} -> {args.save_dir}"
     )
+    batch_size = max(1, args.batch_size // world_size)
     loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=BatchSampler(dataset.frame_counts(), args.batch_size, shuffle=False),
+        torch.utils.data.Subset(dataset, todo),
+        batch_sampler=BatchSampler(num_frames[todo], batch_size, shuffle=False),
         collate_fn=collate,
         num_workers=args.load_data_workers,
         pin_memory=device.type == "cuda",
     )
-    with torch.inference_mode(), tqdm(total=len(dataset), unit="utt", dynamic_ncols=True) as bar:
-        # The sampler's order is fixed, so that a second round tells which utterances a batch has.
-        for (inputs, lengths), indices in zip(loader, loader.batch_sampler):
-            inputs = inputs.to(device, non_blocking=True)
-            _, internal_reps = model(inputs, lengths)
-            features = internal_reps[layer].cpu()  # ((layers,) B, T, H)
-            for i, index in enumerate(indices):
-                utterance = features[..., i, : lengths[i], :].clone()
-                checkpoint.save(
-                    utterance, os.path.join(args.save_dir, dataset.ids[index]), sync=False
-                )
-            bar.update(len(indices))
-    print(f"{args.save_dir}: {len(dataset)} utterances, the last one {tuple(utterance.shape)}")
+    dtype = getattr(torch, args.dtype)
+    with torch.inference_mode(), tqdm(total=len(todo), unit="utt", disable=rank > 0) as bar:
+        for utt_id, features in extract(model, loader, device, choose, dtype):
+            writer.write(utt_id, features)
+            bar.update()
+    writer.close()
+    if world_size > 1:
+        dist.barrier()
+        if rank == 0 and args.format == "ark":
+            merge_scps(args.save_dir, world_size)
+        dist.destroy_process_group()
+    print(
+        f"{args.save_dir}: features of {len(todo)} utterances written, {len(mine) - len(todo)} "
+        "were there"
+    )
+
+
+def merge_scps(save_dir, world_size):
+    """feats.1.scp, feats.2.scp, ... -> feats.scp, sorted as Kaldi wants it."""
+    lines = []
+    for number in range(1, world_size + 1):
+        with open(os.path.join(save_dir, f"feats.{number}.scp"), "rb") as file:
+            lines += file.readlines()
+    with checkpoint.atomic_write(os.path.join(save_dir, "feats.scp")) as file:
+        file.writelines(sorted(lines))
 
 
 if __name__ == "__main__":

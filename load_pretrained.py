@@ -1,12 +1,13 @@
-"""Load a trained APC model, whatever wrote it; as a script, say what it is.
+"""Load a trained APC model, whatever wrote it; as a script, say what it is or convert it.
 
     from load_pretrained import load_pretrained
     model = load_pretrained("logs/foo.dir/foo__epoch_100.model")
 
     python load_pretrained.py bs32-rhl3-rhs512-rd0-adam-res-ts3.pt
+    python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_s3prl foo.ckpt
 
-Reads bare state dicts, as train.py and the original release write them, and train.py's last.ckpt.
-Nothing in a file is ever executed.
+Reads bare state dicts, as train.py and the original release write them, train.py's last.ckpt, and
+the checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt). Nothing in a file is ever executed.
 """
 
 import argparse
@@ -14,7 +15,15 @@ import json
 import os
 import re
 
-from utils import PrenetConfig, RNNConfig, UserError, add_residual_flags, run
+from utils import (
+    PrenetConfig,
+    RNNConfig,
+    UserError,
+    __version__,
+    add_residual_flags,
+    run,
+    setup_logging,
+)
 
 
 def build_parser():
@@ -24,16 +33,23 @@ def build_parser():
     )
     parser.add_argument("checkpoint", metavar="FILE", help="the model")
     add_residual_flags(parser)
+    add = parser.add_argument_group("conversion").add_argument
+    add("--to_s3prl", metavar="OUT", help="write it for s3prl's apc_local upstream")
+    add("--to_state_dict", metavar="OUT", help="write bare weights, and config.json beside them")
     return parser
 
 
 if __name__ == "__main__":
     build_parser().parse_args()  # --help must not wait for torch
 
+import logging
+from dataclasses import asdict
+
 import torch
 
 import checkpoint
 from apc_model import APCModel
+from audio import FbankConfig
 
 # The original release's names, like bs32-rhl3-rhs512-rd0-adam-res-ts3.pt
 RELEASED_NAME = re.compile(r"bs\d+-rhl\d+-rhs\d+-rd[\d.]+-\w+(?P<residual>-res)?-ts\d+")
@@ -44,33 +60,46 @@ def load_pretrained(path, device="cpu", residual=None):
     """Load a trained model.
 
     Args:
-        path: a file that train.py or the original release wrote.
+        path: a file that train.py, the original release or s3prl wrote.
         device: where the model is wanted, as torch.device takes it.
         residual: whether the model has residual connections. Weights do not tell; None asks the
-            config.json beside the file, then the file's name in the original's style.
+            file, the config.json beside it, then the file's name in the original's style.
 
     Returns:
-        APCModel in eval mode, float32, with `requires_grad` as trained.
+        APCModel in eval mode, in float32.
 
     Raises:
         UserError: the file is no APC model, carries code, or leaves open whether it is residual.
         OSError: it cannot be read.
     """
+    return load_with_config(path, device, residual)[0]
+
+
+def load_with_config(path, device="cpu", residual=None):
+    """load_pretrained(), and what is known of the model's making -> (model, dict of flags).
+
+    The flags are those of train.py's config.json, as far as they are known. `data` is a list of
+    what prepare_data.py says of the training data (prepared.json), or of None.
+    """
     weights, config = read_checkpoint(path)
     mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
+    found = model_flags(mel_dim, prenet_config, rnn_config)
+    config = config or read_config(path, found) or {}
     if residual is None:
-        residual = find_residual(path, config, prenet_config, rnn_config)
+        residual = find_residual(path, config)
     model = APCModel(mel_dim, prenet_config, rnn_config._replace(residual=residual))
     copy_weights(model, weights, path)
-    return model.to(device).eval()
+    return model.to(device).eval(), config | found | {"rnn_residual": residual}
 
 
 def read_checkpoint(path):
     """A file -> (state dict with the original's names, its flags or None). Raises UserError."""
-    value = checkpoint.load(path)
-    flags = None
-    if isinstance(value, dict) and "model" in value and "flags" in value:  # last.ckpt
-        value, flags = value["model"], value["flags"]
+    value, flags = checkpoint.load(path), None
+    is_dict = isinstance(value, dict)
+    if is_dict and "model" in value and "flags" in value:  # last.ckpt
+        value, flags = value["model"], value["flags"] | {"data": value.get("data")}
+    elif is_dict and "model" in value and "config" in value:
+        value, flags = from_s3prl(value["model"], value["config"], path)
     if not isinstance(value, dict) or not all(
         isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in value.items()
     ):
@@ -119,24 +148,22 @@ def _shape(weight):
     return "no such weight" if weight is None else f"shape {tuple(weight.shape)}"
 
 
-def load_weights(model, path):
-    """Start `model` from a file's weights; UserError with the flags of train.py that differ."""
-    weights, _ = read_checkpoint(path)
-    mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
-    found = {
+def model_flags(mel_dim, prenet_config, rnn_config):
+    """What weights tell of train.py's flags."""
+    return {
         "feature_dim": mel_dim,
         "prenet_num_layers": prenet_config.num_layers if prenet_config else 0,
         "rnn_type": rnn_config.rnn_type,
         "rnn_num_layers": rnn_config.num_layers,
         "rnn_hidden_size": rnn_config.hidden_size,
     }
-    expected = {
-        "feature_dim": model.mel_dim,
-        "prenet_num_layers": len(model.prenet.layers) if model.prenet else 0,
-        "rnn_type": type(model.rnns[0]).__name__.lower(),
-        "rnn_num_layers": len(model.rnns),
-        "rnn_hidden_size": model.rnns[0].hidden_size,
-    }
+
+
+def load_weights(model, path):
+    """Start `model` from a file's weights; UserError with the flags of train.py that differ."""
+    weights, _ = read_checkpoint(path)
+    found = model_flags(*infer_configs(weights, path))
+    expected = model_flags(*infer_configs(model.state_dict(), path))
     differing = [
         f"--{flag} is {expected[flag]}, but the file's is {found[flag]}"
         for flag in expected
@@ -147,25 +174,31 @@ def load_weights(model, path):
     copy_weights(model, weights, path)
 
 
-def find_residual(path, flags, prenet_config, rnn_config):
-    """Whether a model is residual, from its flags, its config.json or its name; else UserError."""
+def read_config(path, found):
+    """The config.json beside a model -> dict, or None. UserError if it is another model's."""
     config_path = os.path.join(os.path.dirname(path), "config.json")
-    if flags is None and os.path.exists(config_path):
-        flags = read_config(config_path)
-        own = {
-            "prenet_num_layers": prenet_config.num_layers if prenet_config else 0,
-            "rnn_num_layers": rnn_config.num_layers,
-            "rnn_hidden_size": rnn_config.hidden_size,
-            "rnn_type": rnn_config.rnn_type,
-        }
-        for flag, value in own.items():
-            if flags.get(flag, value) != value:
-                raise UserError(
-                    f"{config_path}: {flag} is {flags[flag]}, but {path} has {value}: it is "
-                    "another model's: move it, or give --residual or --no_residual"
-                )
-    if flags is not None and isinstance(flags.get("rnn_residual"), bool):
-        return flags["rnn_residual"]
+    try:
+        with open(config_path, encoding="utf-8") as file:
+            config = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{config_path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path}: expected the flags of a run")
+    for flag, value in found.items():
+        if config.get(flag, value) != value:
+            raise UserError(
+                f"{config_path}: {flag} is {config[flag]}, but {path} has {value}: it belongs to "
+                "another model: keep them in separate folders"
+            )
+    return config
+
+
+def find_residual(path, config):
+    """Whether a model is residual, from its flags or its name; else UserError."""
+    if isinstance(config.get("rnn_residual"), bool):
+        return config["rnn_residual"]
     name = RELEASED_NAME.match(os.path.basename(path))
     if name:
         return name["residual"] is not None
@@ -175,16 +208,112 @@ def find_residual(path, flags, prenet_config, rnn_config):
     )
 
 
-def read_config(path):
-    """config.json -> dict. UserError if it is none."""
+# s3prl --------------------------------------------------------------------------------------------
+
+# s3prl computes features with torchaudio's Kaldi fbank from samples in [-1, 1]: the floor of the
+# mel energies lies 2^30 higher than for samples in 16-bit range; the rest is a constant, which CMVN
+# takes away.
+S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "eps": 2.0**30 * 2.0**-23}
+
+
+def from_s3prl(weights, config, path):
+    """s3prl's weights and config -> (state dict with the original's names, flags)."""
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected the flags of a run, found {type(config).__name__}")
-    return config
+        sound, paras = config["data"]["audio"], config["model"]["paras"]
+        if paras.get("vq") or any(name.startswith("vq_layers.") for name in weights):
+            raise UserError(f"{path}: is a VQ-APC model, which has layers that APC has not")
+        flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
+        if flags["rnn_residual"] and paras["hidden_size"] == sound["feat_dim"]:
+            # Its residual connections never reach the first layer; ours would.
+            raise UserError(f"{path}: residual with hidden_size = feat_dim is another model here")
+        if sound["feat_type"] != "fbank":
+            raise UserError(f"{path}: features are {sound['feat_type']!r}, expected 'fbank'")
+        fbank = FbankConfig(
+            num_mel_bins=sound["feat_dim"],
+            frame_length_ms=float(sound.get("frame_length", 25)),
+            frame_shift_ms=float(sound.get("frame_shift", 10)),
+            **S3PRL_FBANK,
+        )
+        names = {"rnn_layers.": "rnns.", "postnet.": "postnet.layer."}
+        renamed = {}
+        for name, weight in weights.items():
+            for old, new in names.items():
+                if name.startswith(old):
+                    name = new + name.removeprefix(old)
+                    break
+            renamed[name] = weight
+        if "postnet.layer.weight" in renamed:  # of a linear layer; the original's is a Conv1d
+            renamed["postnet.layer.weight"] = renamed["postnet.layer.weight"][:, :, None]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path}: expected s3prl's config of an APC model, but it lacks or mistakes {error}"
+        ) from None
+    cmvn = "utterance" if sound.get("cmvn", True) else "none"
+    flags["data"] = [{"source": "audio", "fbank": asdict(fbank), "cmvn": cmvn}]
+    return renamed, flags
+
+
+def to_s3prl(model, config):
+    """A model and its flags -> what s3prl's apc_local loads. UserError if s3prl has no such model.
+
+    s3prl's APC has GRU layers alone, residual connections from the second layer on, and features of
+    Kaldi's fbank, normalised by utterance or not at all.
+    """
+    hidden_size = model.rnns[0].hidden_size
+    refused = {
+        "its layers are LSTMs": not isinstance(model.rnns[0], torch.nn.GRU),
+        "it has a prenet": model.prenet is not None,
+        "its first layer is residual": model.rnn_residual and model.mel_dim == hidden_size,
+    }
+    data = (config.get("data") or [None])[0] or {}
+    fbank = FbankConfig(num_mel_bins=model.mel_dim)
+    if data.get("fbank"):
+        fbank = FbankConfig(**data["fbank"])
+        own = {"frame_length_ms": fbank.frame_length_ms, "frame_shift_ms": fbank.frame_shift_ms}
+        ignored = {"dither": 0.0, "eps": 0.0, "htk_compat": False}  # of no weight after CMVN
+        same = FbankConfig(num_mel_bins=model.mel_dim, **own, **ignored)
+        refused["its fbank is another"] = FbankConfig(**asdict(fbank) | ignored) != same
+    for reason, holds in refused.items():
+        if holds:
+            raise UserError(f"s3prl cannot express this model: {reason}")
+    cmvn = data.get("cmvn")
+    if data.get("source") != "audio":
+        # Dumps and archives come normalised, as the original's did; "none" adds nothing to that.
+        logging.warning(
+            "how the features that the model was trained on were made is not known: s3prl will "
+            "take the original's fbank settings, and normalise by utterance"
+        )
+        cmvn = cmvn if cmvn in ("speaker", "global") else "utterance"
+    if cmvn in ("speaker", "global"):
+        logging.warning(
+            "the model was trained on features normalised by %s; s3prl normalises by utterance",
+            {"speaker": "speaker", "global": "corpus"}[cmvn],
+        )
+    names = {"rnns.": "rnn_layers.", "postnet.layer.": "postnet."}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        for old, new in names.items():
+            if name.startswith(old):
+                weights[new + name.removeprefix(old)] = weight.cpu()
+    weights["postnet.weight"] = weights["postnet.weight"][:, :, 0].clone()
+    sound = {
+        "feat_type": "fbank",
+        "feat_dim": model.mel_dim,
+        "frame_length": fbank.frame_length_ms,
+        "frame_shift": fbank.frame_shift_ms,
+        "decode_wav": False,
+        "cmvn": cmvn != "none",
+    }
+    paras = {
+        "num_layers": len(model.rnns),
+        "hidden_size": hidden_size,
+        "dropout": float(config.get("rnn_dropout", 0.0)),
+        "residual": bool(model.rnn_residual),
+    }
+    return {"model": weights, "config": {"data": {"audio": sound}, "model": {"paras": paras}}}
+
+
+# The script ---------------------------------------------------------------------------------------
 
 
 def summary(model):
@@ -200,7 +329,8 @@ def summary(model):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    model = load_pretrained(args.checkpoint, residual=args.residual)
+    setup_logging()
+    model, config = load_with_config(args.checkpoint, residual=args.residual)
     rnn = model.rnns[0]
     rows = {
         "checkpoint": args.checkpoint,
@@ -214,6 +344,19 @@ def main(argv=None):
     }
     for name, value in rows.items():
         print(f"{name + ':':14}{value}")
+    for out in (args.to_s3prl, args.to_state_dict):
+        if out and os.path.exists(out):
+            raise UserError(f"{out}: exists already: choose another name")
+    if args.to_s3prl:
+        checkpoint.save(to_s3prl(model, config), args.to_s3prl)
+        print(f"written for s3prl: {args.to_s3prl}")
+    if args.to_state_dict:
+        config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
+        if os.path.exists(config_path):
+            raise UserError(f"{config_path}: exists already: choose a folder without one")
+        checkpoint.save(model.state_dict(), args.to_state_dict)
+        checkpoint.write_json(config | {"version": __version__}, config_path)
+        print(f"written: {args.to_state_dict} and {config_path}")
 
 
 if __name__ == "__main__":

@@ -188,26 +188,29 @@ def run_jobs(jobs, function, num_workers):
 
 
 def open_save_dir(args, prepared):
-    """Make save_dir ready for a new set, or for going on. UserError rather than lose anything."""
+    """Make save_dir ready for a new set or for going on -> whether there is anything to do.
+
+    UserError rather than lose anything.
+    """
     save_dir = args.save_dir
     os.makedirs(save_dir, exist_ok=True)
     names = os.listdir(save_dir)
     ours = [name for name in names if name.endswith((".pt", ".raw", ".tmp"))]
     before = datasets.read_prepared(save_dir)
     finished = "lengths.pkl" in names
-    if finished and not args.overwrite:
-        raise UserError(
-            f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
-        )
-    if args.resume and before is not None and not args.overwrite:
-        for key in prepared.keys() - {"mel_dim"}:
+    if args.resume and before is not None:
+        for key in prepared.keys() - {"mel_dim", "version"}:
             if before.get(key) != prepared[key]:
                 raise UserError(
                     f"{save_dir}: {key} was {before.get(key)!r} when this set was begun, and is "
                     f"{prepared[key]!r} now: --resume needs the same"
                 )
-        return
-    if ours and not finished and before is None and not args.overwrite:
+        return not finished
+    if finished and not args.overwrite:
+        raise UserError(
+            f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
+        )
+    if ours and before is None and not args.overwrite:
         raise UserError(
             f"{save_dir}: holds files like {ours[0]} that are not of an unfinished set: choose "
             "another --save_dir, or --overwrite them"
@@ -216,6 +219,7 @@ def open_save_dir(args, prepared):
         os.remove(os.path.join(save_dir, "lengths.pkl"))
     for name in [*ours, *({"skipped.txt"} & set(names))]:
         os.remove(os.path.join(save_dir, name))
+    return True
 
 
 def read_utt2spk(path):
@@ -230,16 +234,16 @@ def read_utt2spk(path):
     return speakers
 
 
-def speaker_of(utt_id, where, args, utt2spk):
+def speaker_of(utt_id, where, cmvn, utt2spk):
     """Whose statistics normalise an utterance; None for its own."""
-    if args.cmvn == "global":
+    if cmvn == "global":
         return ""
-    if args.cmvn != "speaker":
+    if cmvn != "speaker":
         return None
     if utt2spk is None:
         return utt_id.split("-")[0]
     if utt_id not in utt2spk:
-        raise UserError(f"{where}: utterance {utt_id}: has no speaker in {args.utt2spk}")
+        raise UserError(f"{where}: utterance {utt_id}: has no speaker in --utt2spk")
     return utt2spk[utt_id]
 
 
@@ -257,7 +261,7 @@ def first_pass(jobs, function, bar, args, utt2spk):
                     f"as in the utterances before, found {utt.mel_dim}"
                 )
             num_frames[utt.utt_id] = utt.num_frames
-            speaker = speaker_of(utt.utt_id, utt.where, args, utt2spk)
+            speaker = speaker_of(utt.utt_id, utt.where, args.cmvn, utt2spk)
             if speaker is not None:
                 speakers[utt.utt_id] = speaker
                 stats[speaker] = stats.get(speaker, 0) + torch.from_numpy(utt.stats)
@@ -298,6 +302,8 @@ def parse_args(argv=None):
         parser.error(f"--utt2spk is for --cmvn speaker, not {args.cmvn}")
     if args.skip_bad and not from_audio:
         parser.error("--skip_bad is for --librispeech_from_audio")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
     if args.resume and args.librispeech_from_kaldi == "-":
         parser.error("--resume cannot read standard input again")
     if not args.dither >= 0:
@@ -334,7 +340,9 @@ def main(argv=None):
         if args.cmvn == "none":
             function = partial(save_padded, resume=args.resume, **target)
 
-    open_save_dir(args, prepared)
+    if not open_save_dir(args, prepared):
+        print(f"{args.save_dir}: is finished already")
+        return
     print(
         f"preparing {prepared['path']} ({kind}), CMVN: {args.cmvn}, tensors of {args.max_seq_len} "
         f"frames, {args.num_workers} processes -> {args.save_dir}"

@@ -13,7 +13,6 @@ log, and <experiment_name>.tb_log for TensorBoard.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import logging
 import math
 import os
@@ -26,12 +25,12 @@ from utils import (
     RNNConfig,
     UserError,
     __version__,
-    choose_device,
     not_negative,
     positive,
     run,
     seed_everything,
     setup_logging,
+    start_processes,
 )
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the first and the last
@@ -129,7 +128,7 @@ from tqdm import tqdm
 
 import checkpoint
 from apc_model import APCModel, apc_loss
-from datasets import BatchSampler, LibriSpeech, collate
+from datasets import BatchSampler, LibriSpeech, collate, frame_counts
 from load_pretrained import load_weights, summary
 
 # Set-up -------------------------------------------------------------------------------------------
@@ -198,22 +197,6 @@ class Stopped(Exception):
     """A signal (the argument) asks this or another process of the run to stop."""
 
 
-def start_processes(args):
-    """-> (rank, world_size, device). torchrun tells a process its place in the environment."""
-    device = choose_device(args.device)
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    if device.type == "mps":
-        raise UserError("--device mps: one process at a time; use --device cpu under torchrun")
-    backend = "gloo"
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def all_reduce(values):
     """Sum a tensor over the processes of the run, in place; alone, leave it as it is."""
     if dist.is_available() and dist.is_initialized():
@@ -227,9 +210,9 @@ def ignore_signals(worker_id):
         signal.signal(number, signal.SIG_IGN)
 
 
-def build_loader(t, dataset, frame_counts, shuffle):
+def build_loader(t, dataset, num_frames, shuffle):
     sampler = BatchSampler(
-        frame_counts,
+        num_frames,
         t.args.batch_size,
         shuffle=shuffle,
         bucketing=not t.args.no_bucketing,
@@ -489,8 +472,8 @@ def train(args, rank, world_size, device, signals):
         found = ", ".join(f"{split.path}: {split.seq_len}" for split in splits)
         raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
     train_set = torch.utils.data.ConcatDataset(splits) if len(splits) > 1 else splits[0]
-    frame_counts = np.concatenate([split.frame_counts() for split in splits])
-    data_size = [len(frame_counts), int(frame_counts.sum())]
+    num_frames = np.concatenate([frame_counts(split) for split in splits])
+    data_size = [len(num_frames), int(num_frames.sum())]
 
     seed_everything(args.seed)
     model = APCModel(args.feature_dim, *model_configs(args))
@@ -551,8 +534,8 @@ def train(args, rank, world_size, device, signals):
         checkpoint.save_epoch(t, 0)
         checkpoint.save_checkpoint(t)
 
-    loader = build_loader(t, train_set, frame_counts, shuffle=True)
-    valid_loader = build_loader(t, valid_set, valid_set.frame_counts(), shuffle=False)
+    loader = build_loader(t, train_set, num_frames, shuffle=True)
+    valid_loader = build_loader(t, valid_set, frame_counts(valid_set), shuffle=False)
     try:
         while t.state["epoch"] < args.epochs:
             train_epoch(t, loader)
@@ -584,7 +567,7 @@ def main(argv=None):
     for number in SIGNALS:
         signal.signal(number, remember)
 
-    rank, world_size, device = start_processes(args)
+    rank, world_size, device = start_processes(args.device)
     try:
         train(args, rank, world_size, device, signals)
     except torch.OutOfMemoryError:

@@ -1,6 +1,7 @@
 """What every script shares: model configurations, errors, seeds, devices, logging."""
 
 import argparse
+import datetime
 import logging
 import os
 import random
@@ -86,6 +87,25 @@ def choose_device(name):
         there = [kind for kind, is_there in available.items() if is_there]
         raise UserError(f"--device {name}: PyTorch sees none here; there is: {', '.join(there)}")
     return torch.device(name)
+
+
+def start_processes(device_name):
+    """-> (rank, world_size, device). torchrun tells a process its place in the environment."""
+    import torch
+    import torch.distributed as dist
+
+    device = choose_device(device_name)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    if device.type == "mps":
+        raise UserError("--device mps: one process at a time; use --device cpu under torchrun")
+    backend = "gloo"
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def setup_logging(path=None):

@@ -1,5 +1,6 @@
 """train.py run for real on tiny folders: what it writes, what it computes, what it refuses."""
 
+import itertools
 import json
 import os
 import re
@@ -256,7 +257,10 @@ def repeated(data, plain, tmp_path_factory):
     """Folders of the plain run's repetition, without loader workers, and of one by another seed."""
     work = tmp_path_factory.mktemp("repeated")
     where = dict(librispeech_path=data[0], store_path=work)
-    jobs = [plain_flags(**where, name="again"), plain_flags(**where, name="other", seed=4)]
+    jobs = [
+        (plain_flags(**where, name="again"), work / "again.fed"),
+        (plain_flags(**where, name="other", seed=4), work / "other.fed"),
+    ]
     results = run_forked("train.py", jobs, work / "jobs")
     assert [r.returncode for r in results] == [0, 0], results[0].stderr + results[1].stderr
     return plain[0] / "runs/here/first.try.dir", work / "again.dir", work / "other.dir"
@@ -273,6 +277,17 @@ def test_a_seed_fixes_the_weights_bit_by_bit(repeated, epoch):
 def test_another_seed_gives_other_weights(repeated, epoch):
     first, _, other = (weights(folder, epoch) for folder in repeated)
     assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_data_is_shuffled_each_epoch_by_the_seed(repeated, data):
+    """First frames tell which utterances a batch has: no two epochs of two runs are in one order."""
+    orders = []
+    for folder in repeated[1:]:
+        utterances = {n: u for n, u in data[1].items() if n.startswith("utt")}
+        for batches in batches_fed(folder.with_suffix(".fed"), utterances, 3):
+            orders.append(torch.cat([batch[:, 0] for batch, _ in batches]))
+    assert len(orders) == 6
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(orders, 2))
 
 
 # What a run writes
