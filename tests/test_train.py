@@ -1,6 +1,5 @@
 """train.py run for real on tiny folders: what it writes, what it computes, what it refuses."""
 
-import itertools
 import json
 import os
 import re
@@ -279,15 +278,24 @@ def test_another_seed_gives_other_weights(repeated, epoch):
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_the_data_is_shuffled_each_epoch_by_the_seed(repeated, data):
-    """First frames tell which utterances a batch has: no two epochs of two runs are in one order."""
-    orders = []
-    for folder in repeated[1:]:
-        utterances = {n: u for n, u in data[1].items() if n.startswith("utt")}
-        for batches in batches_fed(folder.with_suffix(".fed"), utterances, 3):
-            orders.append(torch.cat([batch[:, 0] for batch, _ in batches]))
-    assert len(orders) == 6
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(orders, 2))
+def orders(file, utterances, shift):
+    """The order of an epoch's utterances, told by their first frames, for each epoch of a run."""
+    epochs = batches_fed(file, utterances, shift)
+    return [tuple(batch[:, 0, 0].tolist() for batch, _ in batches) for batches in epochs]
+
+
+@pytest.mark.parametrize("case", [case for case in FOLLOW if "one-batch" not in case])
+def test_the_data_is_shuffled_anew_each_epoch(case, followed, data):
+    """Without buckets no two epochs are alike; with buckets the few batches change places."""
+    flags, shift = FOLLOW[case]["flags"], FOLLOW[case]["training"]["shift"]
+    epochs = [str(o) for o in orders(followed[case][2], corpus_of(FOLLOW[case], data[1]), shift)]
+    assert len(set(epochs)) == 15 if "--no_bucketing" in flags else len(set(epochs)) > 3
+
+
+def test_the_seed_orders_the_data(repeated, data):
+    utterances = {n: u for n, u in data[1].items() if n.startswith("utt")}
+    again, other = (orders(f.with_suffix(".fed"), utterances, 3) for f in repeated[1:])
+    assert again != other
 
 
 # What a run writes
