@@ -148,8 +148,8 @@ def read_lengths(path):
                 f"{file_name}: not a plain dict of file names and frames ({why}): prepare the "
                 "folder again"
             ) from None
-    if not isinstance(lengths, dict) or not lengths:
-        raise UserError(f"{file_name}: expected a dict of file names and frames, with an entry")
+    if not isinstance(lengths, dict):
+        raise UserError(f"{file_name}: expected a dict of file names and frames")
     for name, length in lengths.items():
         is_file_name = isinstance(name, str) and os.path.basename(name) == name
         if not (is_file_name and name.endswith(".pt") and type(length) is int and length >= 0):

@@ -11,6 +11,7 @@ at last lengths.pkl, a dict {'<utt_id>.pt': frames}: a folder without it is unfi
 
 import argparse
 import os
+import re
 
 from utils import UserError, __version__, positive, run
 
@@ -48,9 +49,18 @@ def build_parser():
     add("--save_dir", default=default, help="folder for the tensors")
     add("--overwrite", action="store_true", help="replace the finished set that save_dir holds")
     add("--resume", action="store_true", help="go on with an interrupted preparation")
+    add("--shard", metavar="K/N", type=shard, help="do the Kth of N parts; the last one joins them")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--num_workers", type=positive, default=cores, help="processes that compute and write")
     return parser
+
+
+def shard(text):
+    """An argparse type: "K/N" -> (K mod N, N). K counts from 1 to N; 0 is N."""
+    found = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected K/N, like 1/4 to 4/4, found {text!r}")
+    return int(found[1]) % int(found[2]), int(found[2])
 
 
 if __name__ == "__main__":
@@ -58,10 +68,12 @@ if __name__ == "__main__":
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
 import pickle
+import shutil
 from functools import partial
 from typing import NamedTuple
 
@@ -306,6 +318,10 @@ def parse_args(argv=None):
         parser.error("--resume and --overwrite exclude each other")
     if args.resume and args.librispeech_from_kaldi == "-":
         parser.error("--resume cannot read standard input again")
+    if args.shard and args.overwrite:
+        parser.error("--shard and --overwrite exclude each other: remove the old set first")
+    if args.shard and (args.cmvn == "global" or (args.cmvn == "speaker" and not from_audio)):
+        parser.error("--shard: a shard sees neither the whole corpus nor whole speakers of a dump")
     if not args.dither >= 0:
         parser.error(f"--dither {args.dither}: expected 0 or more")
     return args
@@ -313,6 +329,76 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if not args.shard:
+        prepare(args)
+        return
+    whole = args.save_dir
+    if os.path.exists(os.path.join(whole, "lengths.pkl")):
+        if args.resume:
+            print(f"{whole}: is finished already")
+            return
+        raise UserError(f"{whole}: holds a finished set: choose another --save_dir")
+    # A shard is a set of its own until all are there.
+    folders = [os.path.join(whole, f"shard-{k}-of-{args.shard[1]}") for k in range(args.shard[1])]
+    args.save_dir = folders[args.shard[0]]
+    prepare(args)
+    waiting = [path for path in folders if not os.path.exists(os.path.join(path, "lengths.pkl"))]
+    if waiting:
+        print(f"{len(waiting)} of {len(folders)} shards are still to come")
+    else:
+        join_shards(folders, whole)
+
+
+def join_shards(folders, save_dir):
+    """Finished shards -> one finished set. Two processes that do it at once do no harm."""
+    lengths, skipped, prepared = {}, b"", {"mel_dim": None}
+    for folder in folders:
+        part = datasets.read_lengths(folder)
+        twice = lengths.keys() & part.keys()
+        if twice:
+            raise UserError(f"{folder}: {sorted(twice)[0]} is in another shard too")
+        lengths |= part
+        about = datasets.read_prepared(folder)
+        if prepared["mel_dim"] and about["mel_dim"] and prepared["mel_dim"] != about["mel_dim"]:
+            raise UserError(f"{folder}: mel_dim is {about['mel_dim']}, not {prepared['mel_dim']}")
+        prepared = about if about["mel_dim"] else prepared
+        skipped_path = os.path.join(folder, "skipped.txt")
+        if os.path.exists(skipped_path):
+            with open(skipped_path, "rb") as file:
+                skipped += file.read()
+        for name in part:
+            with contextlib.suppress(FileNotFoundError):  # moved before an interruption
+                os.replace(os.path.join(folder, name), os.path.join(save_dir, name))
+    lengths = dict(sorted(lengths.items(), key=lambda item: item[0].removesuffix(".pt")))
+    finish(save_dir, prepared, lengths, skipped.decode().splitlines())
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{save_dir}: {len(lengths)} utterances of {len(folders)} shards")
+
+
+def finish(save_dir, prepared, lengths, skipped):
+    """Write what makes a folder of tensors a finished set; lengths.pkl last."""
+    if skipped:
+        with checkpoint.atomic_write(os.path.join(save_dir, "skipped.txt")) as file:
+            file.write("".join(f"{line}\n" for line in skipped).encode())
+    checkpoint.write_json(prepared, os.path.join(save_dir, "prepared.json"))
+    if hasattr(os, "sync"):
+        os.sync()  # a crash of the machine must not leave lengths.pkl without its tensors
+    with checkpoint.atomic_write(os.path.join(save_dir, "lengths.pkl")) as file:
+        pickle.dump(lengths, file, protocol=4)
+
+
+def share_of_audio(files, args, utt2spk):
+    """[(utterance id, file)] -> those of this shard: whole speakers, for the sake of CMVN."""
+    number, count = args.shard
+    groups = {}
+    for utt_id, path in files:
+        group = speaker_of(utt_id, path, args.cmvn, utt2spk) or utt_id
+        groups.setdefault(group, []).append((utt_id, path))
+    return [file for group in sorted(groups)[number::count] for file in groups[group]]
+
+
+def prepare(args):
     utt2spk = read_utt2spk(args.utt2spk) if args.utt2spk else None
     target = {"save_dir": args.save_dir, "max_seq_len": args.max_seq_len}
     prepared = {
@@ -329,6 +415,8 @@ def main(argv=None):
         config = audio.FbankConfig(sample_rate=args.sample_rate, dither=args.dither)
         prepared |= {"source": "audio", "fbank": dataclasses.asdict(config)}
         files = audio.find_audio(args.librispeech_from_audio, skipped if args.skip_bad else None)
+        if args.shard:
+            files = share_of_audio(files, args, utt2spk)
         kind, size, jobs = "audio", len(files), enumerate(files, start=1)
         flags = {"resume": args.resume, "skip_bad": args.skip_bad}
         function = partial(save_raw_of_audio, config=config, **flags, **target)
@@ -336,6 +424,8 @@ def main(argv=None):
         kind, size, jobs = kaldi_io.read_kaldi(args.librispeech_from_kaldi)
         # The start is read before anything on disk changes: it may be no features at all.
         jobs = itertools.chain([next(jobs)], jobs)
+        if args.shard:
+            jobs = itertools.islice(jobs, args.shard[0], None, args.shard[1])
         function = partial(save_raw_of_kaldi, **target)
         if args.cmvn == "none":
             function = partial(save_padded, resume=args.resume, **target)
@@ -357,26 +447,19 @@ def main(argv=None):
         with tqdm(total=size, desc="features", dynamic_ncols=True, **unit) as bar:
             saved = first_pass(jobs, function, bar, args, utt2spk)
         saved["skipped"] = skipped + saved["skipped"]
-        if not saved["num_frames"]:
+        if not saved["num_frames"] and not args.shard:
             raise UserError(f"{prepared['path']}: no utterance is left: {saved['skipped'][0]}")
     if kind == "audio" or args.cmvn != "none":
         checkpoint.save(saved, stats_path)
         with tqdm(total=len(saved["num_frames"]), desc="CMVN", unit="utt") as bar:
             second_pass(saved, args, bar)
 
-    if saved["skipped"]:
-        with checkpoint.atomic_write(os.path.join(args.save_dir, "skipped.txt")) as file:
-            file.write("".join(f"{line}\n" for line in saved["skipped"]).encode())
     prepared["mel_dim"] = saved["mel_dim"]
     if args.cmvn == "global":  # a model trained on it needs them for new speech
         prepared["cmvn_stats"] = saved["stats"][""].tolist()
-    checkpoint.write_json(prepared, prepared_path)
-    if hasattr(os, "sync"):
-        os.sync()  # a crash of the machine must not leave lengths.pkl without its tensors
     num_frames = saved["num_frames"]
     lengths = {f"{utt_id}.pt": min(n, args.max_seq_len) for utt_id, n in num_frames.items()}
-    with checkpoint.atomic_write(os.path.join(args.save_dir, "lengths.pkl")) as file:
-        pickle.dump(lengths, file, protocol=4)
+    finish(args.save_dir, prepared, lengths, saved["skipped"])
     if os.path.exists(stats_path):
         os.remove(stats_path)
     total = sum(num_frames.values())
