@@ -208,5 +208,3 @@ def restore(t):
     t.optimizer.load_state_dict(saved["optimizer"])
     t.scaler.load_state_dict(saved["scaler"])
     t.state.update(saved["state"])
-    if t.rank == 0:
-        rewind_logs(t.path, t.state["step"], t.state["epoch"])

@@ -170,6 +170,22 @@ def read_prepared(path):
         raise UserError(f"{path}/prepared.json: not JSON: {error}") from None
 
 
+def warn_of_other_data(trained, dataset):
+    """Log a warning if a folder was made in another way than what a model was trained on.
+
+    `trained` is the training data's prepared.json, or None where that is not known.
+    """
+    for key in ("source", "fbank", "cmvn"):
+        if trained and dataset.prepared and trained.get(key) != dataset.prepared.get(key):
+            logging.warning(
+                "%s: %s is %s, but the model is trained on %s",
+                dataset.path,
+                key,
+                dataset.prepared.get(key),
+                trained.get(key),
+            )
+
+
 def collate(items):
     """Items -> inputs (B, longest, D) float32, lengths (B,) int64: cut to the longest utterance.
 
@@ -187,7 +203,7 @@ class BatchSampler(data.Sampler):
 
     With `bucketing`, a shuffled epoch is cut into windows of 100 batches, each window is sorted by
     length and cut into batches, and the batches are shuffled: a batch's utterances are about
-    equally long, and yet meet others every epoch.
+    equally long, and yet meet others every epoch (in a corpus of more than one window).
 
     Args:
         lengths: (N,) frames of each utterance.

@@ -68,7 +68,14 @@ import audio
 import checkpoint
 import kaldi_io
 import prepare_data
-from datasets import AudioFiles, BatchSampler, LibriSpeech, collate, frame_counts
+from datasets import (
+    AudioFiles,
+    BatchSampler,
+    LibriSpeech,
+    collate,
+    frame_counts,
+    warn_of_other_data,
+)
 from load_pretrained import load_with_config, summary
 
 MAX_FRAMES = 1 << 16  # padded frames through the model at once, unless an utterance has more
@@ -126,19 +133,6 @@ def measure(job, config):
     """(utterance id, path) -> (both, frames, CMVN statistics). Runs in a worker."""
     frames = audio.fbank(audio.read_audio(job[1], config.sample_rate), config, name=job[1])
     return *job, len(frames), audio.cmvn_stats(frames)
-
-
-def warn_of_other_data(trained, given, data_dir):
-    """Say so if a model is fed what was made in another way than what it was trained on."""
-    for key in ("source", "fbank", "cmvn"):
-        if trained and given and trained.get(key) != given.get(key):
-            logging.warning(
-                "%s: %s is %s, but the model was trained on %s",
-                data_dir,
-                key,
-                given.get(key),
-                trained.get(key),
-            )
 
 
 class FileWriter:
@@ -287,7 +281,7 @@ def main(argv=None):
         dataset = open_audio(args, trained)
     else:
         dataset = LibriSpeech(args.data_dir)
-        warn_of_other_data(trained, dataset.prepared, args.data_dir)
+        warn_of_other_data(trained, dataset)
     source = args.data_dir or args.audio
     if dataset.mel_dim != model.mel_dim:
         raise UserError(

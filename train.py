@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -128,7 +129,7 @@ from tqdm import tqdm
 
 import checkpoint
 from apc_model import APCModel, apc_loss
-from datasets import BatchSampler, LibriSpeech, collate, frame_counts
+from datasets import BatchSampler, LibriSpeech, collate, frame_counts, warn_of_other_data
 from load_pretrained import load_weights, summary
 
 # Set-up -------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ class Training:
     scaler: torch.amp.GradScaler
     seq_len: int  # of the training data
     state: dict  # the position of the run: with the weights, all that --resume needs
-    signals: list  # those received
+    signals: dict  # those received
     log: checkpoint.RunLog = None
     pending: list = dataclasses.field(default_factory=list)  # steps not yet read from the device
     read_time: float = 0.0  # when steps were last read
@@ -463,11 +464,14 @@ def find_run(args, path):
 
 
 def train(args, rank, world_size, device, signals):
+    setup_logging()
     path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
     resuming = bool(all_reduce(torch.tensor(int(rank == 0 and find_run(args, path)))))
 
     splits = [open_split(args, split) for split in args.train_split]
     valid_set = open_split(args, args.valid_split)
+    for split in [*splits[1:], valid_set]:
+        warn_of_other_data(splits[0].prepared, split)
     if len({split.seq_len for split in splits}) > 1:
         found = ", ".join(f"{split.path}: {split.seq_len}" for split in splits)
         raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
@@ -495,13 +499,19 @@ def train(args, rank, world_size, device, signals):
         optimizer=build_optimizer(args, model.parameters()),
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         seq_len=splits[0].seq_len,
-        # Where the run stands; `sums` are the epoch's so far: errors (real, padding), counts.
         state={
-            "epoch": 0, "batch": 0, "step": 0, "sums": [0, 0, 0, 0], "data_size": data_size,
-            "skipped": 0, "skipped_in_a_row": 0, "best_loss": math.inf, "best_epoch": 0,
+            "epoch": 0,
+            "batch": 0,  # done in this epoch
+            "step": 0,  # done in all
+            "sums": [0, 0, 0, 0],  # of this epoch: errors (real, padding), utterances, frames
+            "data_size": data_size,
+            "skipped": 0,
+            "skipped_in_a_row": 0,
+            "best_loss": math.inf,
+            "best_epoch": 0,
         },
         signals=signals,
-    )  # fmt: skip
+    )
     if resuming:
         checkpoint.restore(t)
     if world_size > 1:
@@ -510,26 +520,28 @@ def train(args, rank, world_size, device, signals):
     if rank == 0:
         os.makedirs(path, exist_ok=True)
         setup_logging(os.path.join(path, args.experiment_name))
+        checkpoint.rewind_logs(path, t.state["step"], t.state["epoch"])
         config = vars(args) | {"data": [split.prepared for split in splits], "version": __version__}
         checkpoint.write_json(config, os.path.join(path, "config.json"))
     t.log = checkpoint.RunLog(path, args.experiment_name, active=rank == 0)
 
-    logging.info("%s, %s", "going on with" if resuming else "training", path)
-    logging.info("model: %s", summary(model))
+    positions = f"all {t.seq_len - args.time_shift} positions of an utterance, padding included"
+    logging.info(f"{'going on with' if resuming else 'training'} {path}")
+    logging.info(f"model: {summary(model)}")
+    utterances, frames = data_size
     logging.info(
-        "data: %d utterances, %d frames (%.2f h at 10 ms) from %s; validation: %d utterances",
-        *data_size, data_size[1] / 360000, ", ".join(args.train_split), len(valid_set),
-    )  # fmt: skip
+        f"data: {utterances} utterances, {frames} frames, {frames / 360000:.2f} hours at 10 ms, "
+        f"from {', '.join(args.train_split)}; validation: {len(valid_set)} utterances"
+    )
     logging.info(
-        "%s in %s, %d process(es), batches of %d utterances, %s with rate %g, epochs %d to %d",
-        device, args.precision, world_size, args.batch_size, args.optimizer,
-        t.optimizer.param_groups[0]["lr"], t.state["epoch"] + 1, args.epochs,
-    )  # fmt: skip
+        f"device: {device} ({world_size} process(es)), {args.precision}; batches of "
+        f"{args.batch_size} utterances, {args.optimizer} with learning rate "
+        f"{t.optimizer.param_groups[0]['lr']:g}, epochs {t.state['epoch'] + 1} to {args.epochs}"
+    )
     logging.info(
-        "loss: L1, %d frames ahead, averaged over %s", args.time_shift,
-        "real frames" if args.mask_padding else f"all {t.seq_len - args.time_shift} positions of "
-        "an utterance, padding included (as the original)",
-    )  # fmt: skip
+        f"loss: L1 of the frame {args.time_shift} ahead, averaged over "
+        f"{'real frames' if args.mask_padding else positions}"
+    )
     if not resuming:
         checkpoint.save_epoch(t, 0)
         checkpoint.save_checkpoint(t)
@@ -542,14 +554,12 @@ def train(args, rank, world_size, device, signals):
             end_epoch(t, loader, valid_loader)
             if t.state["step"] == args.max_steps:
                 break
-        logging.info(
-            "done: %d epochs, %d steps; models in %s", *(t.state["epoch"], t.state["step"]), path
-        )
+        logging.info(f"done: {t.state['epoch']} epochs, {t.state['step']} steps, see {path}")
     except Stopped as stopped:
         log_steps(t)
         checkpoint.save_checkpoint(t)
         number = stopped.args[0]
-        logging.info("stopped by %s after step %d; --resume goes on", number.name, t.state["step"])
+        logging.info(f"stopped by {number.name} after {t.state['step']} steps; --resume goes on")
         sys.exit(128 + number)
     finally:
         t.log.close()
@@ -557,12 +567,13 @@ def train(args, rank, world_size, device, signals):
 
 def main(argv=None):
     args = parse_args(argv)
-    signals = []
+    signals = {}  # received: number -> when
 
     def remember(number, frame):
-        if number in signals:  # the second time: no patience
+        # torchrun hands on what its processes got as well: only later it means impatience.
+        since = time.monotonic() - signals.setdefault(number, time.monotonic())
+        if number == signal.SIGINT and since > 2:
             raise KeyboardInterrupt
-        signals.append(number)
 
     for number in SIGNALS:
         signal.signal(number, remember)
@@ -575,11 +586,12 @@ def main(argv=None):
             f"{device} is out of memory: lower --batch_size, or raise --accumulate_steps"
         ) from None
     except RuntimeError as error:
-        if world_size == 1:
+        known = re.search(r"can't allocate memory|DataLoader worker", str(error))
+        if world_size == 1 and not known:
             raise
         # Most often another process is gone; what it said stands elsewhere.
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"process {rank} of {world_size} cannot go on: {first}") from error
+        raise UserError(f"process {rank + 1} of {world_size} cannot go on: {first}") from error
     finally:
         if world_size > 1:
             torch.distributed.destroy_process_group()
