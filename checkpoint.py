@@ -80,7 +80,7 @@ def load(path):
         except Exception as error:  # a damaged file raises almost anything
             code = re.search(r"GLOBAL (\S+)", str(error))
             why = f"it asks for {code[1]}, which is not plain data" if code else "is it damaged?"
-            raise UserError(f"{path}: not a checkpoint that can be read safely: {why}") from None
+            raise UserError(f"{path}: not a file of plain tensors: {why}") from None
 
 
 class RunLog:

@@ -72,8 +72,11 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import pickle
 import shutil
+import signal
+import threading
 from functools import partial
 from typing import NamedTuple
 
@@ -173,6 +176,17 @@ def normalise(job, save_dir, max_seq_len):
 # In the main process ------------------------------------------------------------------------------
 
 
+def follow_main_process():
+    """In a worker: leave Ctrl-C to the main process, and end when that is gone, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_jobs(jobs, function, num_workers):
     """Yield (position, function(job)) for (position, job) in order, computed by many processes.
 
@@ -183,7 +197,7 @@ def run_jobs(jobs, function, num_workers):
             yield position, function(job)
         return
     context = multiprocessing.get_context("fork" if os.name == "posix" else None)
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context, follow_main_process) as pool:
         waiting = collections.deque()
         try:
             for position, job in jobs:
