@@ -179,6 +179,7 @@ def save_checkpoint(t):
     if t.rank > 0:
         return
     check_weights(t)
+    t.log.tensorboard.flush()  # what is logged must not end before where the run goes on
     saved = {
         "model": t.model.state_dict(),
         "optimizer": t.optimizer.state_dict(),
