@@ -161,13 +161,17 @@ def read_lengths(path):
 
 def read_prepared(path):
     """prepared.json of the folder `path` -> dict, or None: the original release wrote none."""
+    file_name = os.path.join(path, "prepared.json")
     try:
-        with open(os.path.join(path, "prepared.json"), encoding="utf-8") as file:
-            return json.load(file)
+        with open(file_name, encoding="utf-8") as file:
+            prepared = json.load(file)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path}/prepared.json: not JSON: {error}") from None
+        raise UserError(f"{file_name}: not JSON: {error}") from None
+    if not isinstance(prepared, dict):
+        raise UserError(f"{file_name}: expected an object that says how the folder was made")
+    return prepared
 
 
 def warn_of_other_data(trained, dataset):

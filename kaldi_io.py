@@ -43,19 +43,51 @@ class Utterance(NamedTuple):
     where: str  # for messages: "file:line"
 
 
+class _Rejoined(io.RawIOBase):
+    """Bytes that were read from a stream, and then the rest of it."""
+
+    def __init__(self, head, rest):
+        self.head = head
+        self.rest = rest
+        self.count = 0  # bytes read
+
+    def readable(self):
+        return True
+
+    def read(self, size=-1):
+        if size < 0:  # which only a damaged header asks for
+            raise ValueError(f"cannot read {size} bytes")
+        data, self.head = self.head[:size], self.head[size:]
+        if len(data) < size:
+            data += self.rest.read(size - len(data))
+        self.count += len(data)
+        return data
+
+    def readinto(self, buffer):
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def look_ahead(stream, size):
+    """-> (the first bytes of a stream, the stream with them), however slowly a pipe gives them."""
+    head = stream.read(size)
+    return head, io.BufferedReader(_Rejoined(head, stream))
+
+
 def open_input(path):
     """Open a plain, .xz or .gz file or standard input (`-`) -> (raw, content) binary streams.
 
     Compression is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
-    progress bar), `content` reads what is in them and can be peeked into.
+    progress bar), `content` reads what is in them.
     """
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-    magic = raw.peek(6)
-    if magic.startswith(b"\xfd7zXZ\0"):
-        return raw, io.BufferedReader(lzma.open(raw))
+    magic, content = look_ahead(raw, 6)
+    if magic == b"\xfd7zXZ\0":
+        return raw, lzma.LZMAFile(content)
     if magic.startswith(b"\x1f\x8b"):
-        return raw, io.BufferedReader(gzip.open(raw))
-    return raw, raw
+        return raw, gzip.GzipFile(fileobj=content)
+    return raw, content
 
 
 def read_kaldi(path):
@@ -71,7 +103,7 @@ def read_kaldi(path):
     raw, content = open_input(path)
     size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
     with _damage(name):
-        head = content.peek(1024)
+        head, content = look_ahead(content, 1024)
     first_line = head.split(b"\n")[0]
     if path.endswith(".scp"):
         kind, blocks = "scp", scp_jobs(content, name)
@@ -273,10 +305,15 @@ def check_utt_id(utt_id, where):
         raise UserError(
             f"{where}: expected an utterance id in UTF-8, found {_quote(utt_id)}"
         ) from None
-    if utt_id.startswith(".") or re.search(r"[/\\\0-\x1f]", utt_id) or len(utt_id.encode()) > 240:
+    if (
+        utt_id.startswith(".")
+        or re.search(r"[/\\]", utt_id)
+        or not utt_id.isprintable()
+        or len(utt_id.encode()) > 240
+    ):
         raise UserError(
-            f"{where}: utterance id {_quote(utt_id.encode())} cannot be a file name: expected at "
-            "most 240 bytes, no '/' or '\\', no '.' in front"
+            f"{where}: utterance id {_quote(utt_id.encode('utf-8', 'replace'))} cannot be a file "
+            "name: expected at most 240 bytes, printable, without '/', '\\' and a '.' in front"
         )
     return utt_id
 
@@ -304,7 +341,6 @@ def ark_jobs(stream, name):
 def read_matrix(stream, where):
     """Kaldi's binary matrix at a stream's position -> (float32 (T, D), bytes read)."""
     from kaldiio.matio import read_matrix_or_vector
-    from kaldiio.utils import MultiFileDescriptor
 
     # Only this part of kaldiio is safe with files from anywhere: others run pipes and pickles.
     head = stream.read(2)
@@ -314,8 +350,8 @@ def read_matrix(stream, where):
         kinds = ", ".join(kind.decode() for kind in MATRIX_KINDS)
         raise UserError(f"{where}: expected a binary matrix ({kinds}), found {head!r}")
     try:
-        rest = MultiFileDescriptor(io.BytesIO(head), stream)
-        frames, num_bytes = read_matrix_or_vector(rest, return_size=True)
+        matrix = _Rejoined(head, stream)
+        frames = read_matrix_or_vector(matrix)
     except (ValueError, AssertionError, struct.error, MemoryError, OverflowError, TypeError):
         raise UserError(f"{where}: the matrix is truncated or damaged") from None
     if frames.ndim != 2 or not frames.size:
@@ -323,7 +359,7 @@ def read_matrix(stream, where):
     frames, bad = to_float32(frames)
     if bad is not None:
         raise UserError(f"{where}: frame {bad[0]}: expected finite float32 numbers")
-    return frames, num_bytes
+    return frames, matrix.count
 
 
 def scp_jobs(stream, name):
@@ -361,15 +397,16 @@ def read_scp_lines(lines):
     file, opened = None, None
     try:
         for utt_id, path, offset, where in lines:
-            where_all = f"{where}: utterance {utt_id}: {path}"
+            where_all = f"{where}: utterance {utt_id}: {path!r}"
             if path != opened:
                 if file:
                     file.close()
                 try:
                     file, opened = open(path, "rb"), path  # noqa: SIM115
-                except OSError as error:
+                except (OSError, ValueError) as error:  # the latter of a NUL in the name
+                    why = getattr(error, "strerror", error)
                     raise UserError(
-                        f"{where_all}: {error.strerror} (paths are relative to where you are)"
+                        f"{where_all}: {why} (paths are relative to where you are)"
                     ) from None
             size = os.fstat(file.fileno()).st_size
             if offset >= size:

@@ -107,9 +107,9 @@ class Done(NamedTuple):
 
 def pad(frames, max_seq_len):
     """float32 array (T, D) -> tensor (max_seq_len, D), cut or zero-padded."""
-    padded = torch.zeros(max_seq_len, frames.shape[1])
-    padded[: len(frames)] = torch.from_numpy(frames[:max_seq_len])
-    return padded
+    padded = np.zeros((max_seq_len, frames.shape[1]), np.float32)
+    padded[: len(frames)] = frames[:max_seq_len]
+    return torch.from_numpy(padded)
 
 
 def save_padded(job, save_dir, max_seq_len, resume):
@@ -117,11 +117,20 @@ def save_padded(job, save_dir, max_seq_len, resume):
     done = []
     for utt_id, frames, where in job():
         path = os.path.join(save_dir, f"{utt_id}.pt")
-        if not (resume and os.path.exists(path)):
+        padded = pad(frames, max_seq_len)
+        if not (resume and is_there(path, padded)):
             # No sync a file: all are on disk before lengths.pkl says that they are there.
-            checkpoint.save(pad(frames, max_seq_len), path, sync=False)
+            checkpoint.save(padded, path, sync=False)
         done.append(Done(utt_id, *frames.shape, where))
     return done, []
+
+
+def is_there(path, tensor):
+    """Whether a file holds a tensor. After a crash of the machine, files may be empty."""
+    try:
+        return torch.equal(checkpoint.load(path), tensor)
+    except (FileNotFoundError, UserError, TypeError):
+        return False
 
 
 def save_raw(utt_id, frames, where, save_dir, max_seq_len):
@@ -143,14 +152,15 @@ def save_raw_of_kaldi(job, save_dir, max_seq_len):
 def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
     """(utterance id, file) -> ([Done], []), or with skip_bad perhaps ([], [what is wrong])."""
     utt_id, path = job
-    raw_path = os.path.join(save_dir, f"{utt_id}.raw")
-    if resume and os.path.exists(raw_path):
-        raw = checkpoint.load(raw_path)
-        mel_dim = raw["frames"].shape[1]
-        return [Done(utt_id, raw["num_frames"], mel_dim, path, raw["stats"].numpy())], []
+    if resume:
+        # Files that a crash of the machine left empty are made again.
+        with contextlib.suppress(FileNotFoundError, UserError):
+            raw = checkpoint.load(os.path.join(save_dir, f"{utt_id}.raw"))
+            mel_dim = raw["frames"].shape[1]
+            return [Done(utt_id, raw["num_frames"], mel_dim, path, raw["stats"].numpy())], []
     try:
         frames = audio.fbank(audio.read_audio(path, config.sample_rate), config, name=path)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if not skip_bad:
             raise
         return [], [str(error)]
@@ -169,8 +179,7 @@ def normalise(job, save_dir, max_seq_len):
             frames = audio.apply_cmvn(frames, raw["stats"].numpy() if stats is None else stats)
         path = os.path.join(save_dir, f"{utt_id}.pt")
         checkpoint.save(pad(frames, max_seq_len), path, sync=False)
-        os.remove(raw_path)
-    return len(job)
+    return [utt_id for utt_id, _ in job]
 
 
 # In the main process ------------------------------------------------------------------------------
@@ -213,6 +222,19 @@ def run_jobs(jobs, function, num_workers):
             pool.shutdown(cancel_futures=True)
 
 
+def leftovers(save_dir):
+    """Names of the files that preparing makes, and that a finished set is without."""
+    ends = (".raw", ".pt.tmp", ".raw.tmp", ".json.tmp", ".pkl.tmp", "skipped.txt.tmp")
+    return [name for name in os.listdir(save_dir) if name.endswith(ends)]
+
+
+def flat(prepared):
+    """prepared.json without what is known only at the end, the fbank's settings one by one."""
+    known = {key: prepared.get(key) for key in ("source", "path", "cmvn", "utt2spk", "max_seq_len")}
+    fbank = prepared.get("fbank")
+    return known | (fbank if isinstance(fbank, dict) else {"fbank": fbank})
+
+
 def open_save_dir(args, prepared):
     """Make save_dir ready for a new set or for going on -> whether there is anything to do.
 
@@ -221,21 +243,22 @@ def open_save_dir(args, prepared):
     save_dir = args.save_dir
     os.makedirs(save_dir, exist_ok=True)
     names = os.listdir(save_dir)
-    ours = [name for name in names if name.endswith((".pt", ".raw", ".tmp"))]
     before = datasets.read_prepared(save_dir)
     finished = "lengths.pkl" in names
     if args.resume and before is not None:
-        for key in prepared.keys() - {"mel_dim", "version"}:
-            if before.get(key) != prepared[key]:
+        before, now = flat(before), flat(prepared)
+        for key in now:
+            if before.get(key) != now[key]:
                 raise UserError(
                     f"{save_dir}: {key} was {before.get(key)!r} when this set was begun, and is "
-                    f"{prepared[key]!r} now: --resume needs the same"
+                    f"{now[key]!r} now: --resume needs the same"
                 )
         return not finished
     if finished and not args.overwrite:
         raise UserError(
             f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
         )
+    ours = [name for name in names if name.endswith((".pt", ".raw"))]
     if ours and before is None and not args.overwrite:
         raise UserError(
             f"{save_dir}: holds files like {ours[0]} that are not of an unfinished set: choose "
@@ -243,7 +266,7 @@ def open_save_dir(args, prepared):
         )
     if finished:  # first of all: without it, the set is no longer one
         os.remove(os.path.join(save_dir, "lengths.pkl"))
-    for name in [*ours, *({"skipped.txt"} & set(names))]:
+    for name in {*ours, *leftovers(save_dir), *({"skipped.txt"} & set(names))}:
         os.remove(os.path.join(save_dir, name))
     return True
 
@@ -251,9 +274,9 @@ def open_save_dir(args, prepared):
 def read_utt2spk(path):
     """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
     speakers = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            words = line.split()
+            words = line.decode("utf-8", "replace").split()
             if len(words) != 2:
                 raise UserError(f"{path}:{number}: expected an utterance and a speaker")
             speakers[words[0]] = words[1]
@@ -315,8 +338,21 @@ def second_pass(saved, args, bar):
     chunks = [ids[start : start + 8] for start in range(0, len(ids), 8)]
     jobs = ((0, [(utt_id, stats_of(utt_id)) for utt_id in chunk]) for chunk in chunks)
     function = partial(normalise, save_dir=args.save_dir, max_seq_len=args.max_seq_len)
-    for _, count in run_jobs(jobs, function, args.num_workers):
-        bar.update(count)
+    done = []
+    for _, some in run_jobs(jobs, function, args.num_workers):
+        done += some
+        bar.update(len(some))
+        if len(done) >= 1000 or bar.n == len(ids):
+            sync()  # their tensors must outlast a crash of the machine before these go
+            for utt_id in done:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(args.save_dir, f"{utt_id}.raw"))
+            done = []
+
+
+def sync():
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def parse_args(argv=None):
@@ -336,7 +372,7 @@ def parse_args(argv=None):
         parser.error("--shard and --overwrite exclude each other: remove the old set first")
     if args.shard and (args.cmvn == "global" or (args.cmvn == "speaker" and not from_audio)):
         parser.error("--shard: a shard sees neither the whole corpus nor whole speakers of a dump")
-    if not args.dither >= 0:
+    if not 0 <= args.dither < float("inf"):
         parser.error(f"--dither {args.dither}: expected 0 or more")
     return args
 
@@ -394,12 +430,20 @@ def finish(save_dir, prepared, lengths, skipped):
     """Write what makes a folder of tensors a finished set; lengths.pkl last."""
     if skipped:
         with checkpoint.atomic_write(os.path.join(save_dir, "skipped.txt")) as file:
-            file.write("".join(f"{line}\n" for line in skipped).encode())
+            file.write("".join(f"{line}\n" for line in skipped).encode("utf-8", "replace"))
     checkpoint.write_json(prepared, os.path.join(save_dir, "prepared.json"))
-    if hasattr(os, "sync"):
-        os.sync()  # a crash of the machine must not leave lengths.pkl without its tensors
+    for name in os.listdir(save_dir):  # of a source that has changed since an interruption
+        if name.endswith(".pt") and name not in lengths:
+            os.remove(os.path.join(save_dir, name))
+    sync()  # a crash of the machine must not leave lengths.pkl without its tensors
     with checkpoint.atomic_write(os.path.join(save_dir, "lengths.pkl")) as file:
         pickle.dump(lengths, file, protocol=4)
+    sweep(save_dir)
+
+
+def sweep(save_dir):
+    for name in leftovers(save_dir):
+        os.remove(os.path.join(save_dir, name))
 
 
 def share_of_audio(files, args, utt2spk):
@@ -420,6 +464,7 @@ def prepare(args):
         "path": args.librispeech_from_audio or args.librispeech_from_kaldi,
         "fbank": None,  # Kaldi's archives do not tell
         "cmvn": args.cmvn,
+        "utt2spk": args.utt2spk,
         "mel_dim": None,
         "max_seq_len": args.max_seq_len,
         "version": __version__,
@@ -445,6 +490,7 @@ def prepare(args):
             function = partial(save_padded, resume=args.resume, **target)
 
     if not open_save_dir(args, prepared):
+        sweep(args.save_dir)
         print(f"{args.save_dir}: is finished already")
         return
     print(
@@ -474,8 +520,6 @@ def prepare(args):
     num_frames = saved["num_frames"]
     lengths = {f"{utt_id}.pt": min(n, args.max_seq_len) for utt_id, n in num_frames.items()}
     finish(args.save_dir, prepared, lengths, saved["skipped"])
-    if os.path.exists(stats_path):
-        os.remove(stats_path)
     total = sum(num_frames.values())
     print(
         f"{args.save_dir}: {len(lengths)} utterances, {total} frames ({total / 360000:.2f} h at "
