@@ -142,7 +142,7 @@ def read_audio(path: str | os.PathLike, sample_rate: float) -> np.ndarray:
     name = shlex.quote(path)
     _check_wav_is_whole(path)
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be UTF-8
             if file.samplerate != sample_rate:
                 raise UserError(
                     f"{path}: sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz; "

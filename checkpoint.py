@@ -124,6 +124,11 @@ def rewind_logs(path, step, epoch):
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
+    tb_log = os.path.join(glob.escape(path), "*.tb_log")
+    for pattern in (os.path.join(glob.escape(path), "*.tmp"), os.path.join(tb_log, "*.tmp")):
+        for name in glob.glob(pattern):  # what a kill has left
+            os.remove(name)
+
     metrics = os.path.join(path, "metrics.jsonl")
     if os.path.exists(metrics):
         with open(metrics, "rb") as old, atomic_write(metrics) as new:
@@ -136,7 +141,7 @@ def rewind_logs(path, step, epoch):
                 if entry["epoch"] <= epoch if is_epoch else entry["step"] < step:
                     new.write(line)
 
-    for name in glob.glob(os.path.join(glob.escape(path), "*.tb_log", "*tfevents*")):
+    for name in glob.glob(os.path.join(tb_log, "*tfevents*")):
         kept = []
         for record in RawEventFileLoader(name).Load():
             event = Event.FromString(record)

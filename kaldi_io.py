@@ -351,7 +351,8 @@ def read_matrix(stream, where):
         raise UserError(f"{where}: expected a binary matrix ({kinds}), found {head!r}")
     try:
         matrix = _Rejoined(head, stream)
-        frames = read_matrix_or_vector(matrix)
+        with np.errstate(all="ignore"):  # a damaged header's numbers
+            frames = read_matrix_or_vector(matrix)
     except (ValueError, AssertionError, struct.error, MemoryError, OverflowError, TypeError):
         raise UserError(f"{where}: the matrix is truncated or damaged") from None
     if frames.ndim != 2 or not frames.size:

@@ -171,13 +171,14 @@ def normalise(job, save_dir, max_seq_len):
     """[(utterance id, statistics, or None for its own, or False for no CMVN)]: .raw -> .pt."""
     for utt_id, stats in job:
         raw_path = os.path.join(save_dir, f"{utt_id}.raw")
-        if not os.path.exists(raw_path):  # done before an interruption
+        path = os.path.join(save_dir, f"{utt_id}.pt")
+        if not os.path.exists(raw_path):  # done before an interruption, or lost
+            checkpoint.load(path)
             continue
         raw = checkpoint.load(raw_path)
         frames = raw["frames"].numpy()
         if stats is not False:
             frames = audio.apply_cmvn(frames, raw["stats"].numpy() if stats is None else stats)
-        path = os.path.join(save_dir, f"{utt_id}.pt")
         checkpoint.save(pad(frames, max_seq_len), path, sync=False)
     return [utt_id for utt_id, _ in job]
 
@@ -510,6 +511,7 @@ def prepare(args):
         if not saved["num_frames"] and not args.shard:
             raise UserError(f"{prepared['path']}: no utterance is left: {saved['skipped'][0]}")
     if kind == "audio" or args.cmvn != "none":
+        sync()  # the statistics must not outlive what they were made of
         checkpoint.save(saved, stats_path)
         with tqdm(total=len(saved["num_frames"]), desc="CMVN", unit="utt") as bar:
             second_pass(saved, args, bar)

@@ -465,6 +465,8 @@ def find_run(args, path):
 
 def train(args, rank, world_size, device, signals):
     setup_logging()
+    if rank > 0:
+        logging.getLogger().setLevel(logging.WARNING)
     path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
     resuming = bool(all_reduce(torch.tensor(int(rank == 0 and find_run(args, path)))))
 
@@ -585,12 +587,16 @@ def main(argv=None):
         raise UserError(
             f"{device} is out of memory: lower --batch_size, or raise --accumulate_steps"
         ) from None
-    except RuntimeError as error:
-        known = re.search(r"can't allocate memory|DataLoader worker", str(error))
-        if world_size == 1 and not known:
+    except (RuntimeError, ConnectionError) as error:
+        first = str(error).strip().splitlines()[0]
+        if isinstance(error, ConnectionError) or "DataLoader worker" in first:
+            # At once: the loader's own end would print a traceback after our line.
+            print(f"train.py: error: a process that loads data died: {first}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        if world_size == 1 and "can't allocate memory" not in first:
             raise
         # Most often another process is gone; what it said stands elsewhere.
-        first = str(error).strip().splitlines()[0]
         raise UserError(f"process {rank + 1} of {world_size} cannot go on: {first}") from error
     finally:
         if world_size > 1:

@@ -4,41 +4,46 @@ Importing it puts the repository's root on the path. Nothing heavy is imported b
 """
 
 import os
+import pickle
 import platform
+import re
 import subprocess
 import sys
 import time
+from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 
-def machine(device="cpu", precision="float32"):
-    """The line that names the machine."""
+def start(device="cpu", precision="float32"):
+    """Print the line that names the machine, and the head of the table."""
     import torch
 
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line.split(":") for line in file if ":" in line]
-        info = {key.strip(): value.strip() for key, value in reversed(lines)}
-        family = f"family {info.get('cpu family')} model {info.get('model')}"
-        name = f"{info.get('model name', name)} ({family})"
+            info = dict(re.findall(r"^([^:\t]+?)\s*: (.*)$", file.read(), re.MULTILINE))
+        name = info.get("model name", name)
+        name += f" (family {info.get('cpu family')}, model {info.get('model')})"
     kind = torch.backends.cpu.get_cpu_capability()
-    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    torch.backends.fp32_precision = "ieee"  # as train.py without --tf32
     gpu = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "none"
-    return (
-        f"machine: {name}, {kind}{amx}, {cores} cores ({torch.get_num_threads()} threads), "
-        f"GPU: {gpu}, torch {torch.__version__}, {precision}"
+    print(
+        f"machine: {name}, {kind}{amx}, {num_cores()} cores, {torch.get_num_threads()} threads, "
+        f"GPU: {gpu}, torch {torch.__version__}, {precision}\n\n"
+        "| stage | against | ratio | absolute |\n|---|---|---|---|",
+        flush=True,
     )
 
 
-def table(rows):
-    """Print [(stage, against, ratio, absolute)] as markdown."""
-    print("\n| stage | against | ratio | absolute |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+def row(stage, against, ratio, absolute):
+    print(f"| {stage} | {against} | {ratio} | {absolute} |", flush=True)
+
+
+def num_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def synchronize(device):
@@ -66,10 +71,8 @@ def matmul_rate(device="cpu", dtype=None):
         a = torch.randn(m, k, device=device, dtype=dtype)
         b = torch.randn(k, n, device=device, dtype=dtype)
         out = a @ b
-        best = max(
-            best,
-            *(2 * m * k * n / clock(lambda: torch.mm(a, b, out=out), device) for _ in range(5)),
-        )
+        product = partial(torch.mm, a, b, out=out)
+        best = max(best, *(2 * m * k * n / clock(product, device) for _ in range(5)))
     return best
 
 
@@ -93,9 +96,33 @@ def gpu_idle(function):
     return 1 - busy / 1e6 / seconds
 
 
-# The model of all benchmarks ----------------------------------------------------------------------
+# Data and model of the benchmarks -----------------------------------------------------------------
 
 MEL_DIM, HIDDEN, LAYERS = 80, 512, 3
+
+
+def make_folder(path, lengths, max_seq_len, num_files=64):
+    """A prepared folder of len(lengths) utterances: links to a few files of noise."""
+    import torch
+
+    os.makedirs(path)
+    files = [os.path.join(path, f"{number}.noise") for number in range(num_files)]
+    for file in files:
+        torch.save(torch.randn(max_seq_len, MEL_DIM), file)
+    table = {f"{number:07d}.pt": int(length) for number, length in enumerate(lengths)}
+    for number, name in enumerate(table):
+        os.link(files[number % num_files], os.path.join(path, name))
+    with open(os.path.join(path, "lengths.pkl"), "wb") as file:
+        pickle.dump(table, file, protocol=4)
+
+
+def librispeech_lengths(count):
+    """Frames of utterances, spread about as those of LibriSpeech's train-clean-360."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    short, usual = random.uniform(150, 1150, count), random.normal(1430, 110, count)
+    return np.where(random.random(count) < 0.3, short, usual).clip(150, 2400).astype(int)
 
 
 def build_model(device, hidden=HIDDEN, layers=LAYERS):

@@ -11,8 +11,8 @@ Nobody spoke any of this. A "speaker" is one of flite's 16 kHz voices with setti
 resampling factor, which scales its formants as a longer or shorter vocal tract would (and its pitch
 with them), a pitch (the voice rms does not honour it) and a rate. The three splits share the voices
 and the words, but no settings: they are as far from each other as the settings are. Rate and level
-vary from utterance to utterance too, as does the noise: its spectrum's slope, and its level, 5 to
-30 dB below the speech. Sentences come from the grammar below. Phones' ends are what flite prints
+vary from utterance to utterance too, as does the noise: its spectrum's slope, and its level, 10 to
+40 dB below the speech. Sentences come from the grammar below. Phones' ends are what flite prints
 with -psdur, multiplied by the resampling factor. The same seed gives the same files to the byte on
 the same machine; another version of flite, numpy or libsndfile may change them.
 """
@@ -218,9 +218,9 @@ def speak(job, out, seed):
         raise UserError(f"flite: the voice {speaker['voice']} has {sample_rate} Hz, not 16000")
     phones, ends = read_psdur(flite.stdout)
     samples = resample(samples, speaker["warp"])
-    snr = 10 ** (random.uniform(5, 30) / 20)
+    snr = 10 ** (random.uniform(10, 40) / 20)
     samples = samples + noise(len(samples), random) * np.sqrt(np.mean(samples**2)) / snr
-    samples *= random.uniform(0.2, 0.9) / np.abs(samples).max()
+    samples *= random.uniform(0.4, 0.9) / np.abs(samples).max()
     path = os.path.join(out, speaker["split"], speaker["id"], str(chapter), f"{utt_id}.flac")
     soundfile.write(path, np.round(samples * 32767).astype(np.int16), SAMPLE_RATE, subtype="PCM_16")
     return " ".join([utt_id, *frame_labels(phones, ends * speaker["warp"], len(samples))])

@@ -722,8 +722,8 @@ def test_full_disk_ends_the_run_with_one_line(server, place, whole, small_disk):
     flags, path = place("full", store=small_disk)
     flags = [*FULL, *flags, "--save_steps", 2, "--resume"]
     step = 0
-    # What fails: the start, a checkpoint, a model, a line of metrics, what TensorBoard keeps.
-    for room in (0, 100_000, 0, 20_000):
+    # What fails is a folder, the log, TensorBoard's file, a model, a checkpoint, a line of metrics.
+    for room in (0, 4096, 8192, 12288, 100_000, 0, 20_000):
         leave_room(small_disk, room)
         process = server.start(*flags)
         process.wait(30)
@@ -732,6 +732,8 @@ def test_full_disk_ends_the_run_with_one_line(server, place, whole, small_disk):
             saved = last(path)
             assert saved["state"]["step"] >= step
             step = saved["state"]["step"]
+        else:
+            shutil.rmtree(path, ignore_errors=True)
     assert step > 0, "no run got so far"
     leave_room(small_disk, None)
     done = server.run(*flags)
@@ -899,6 +901,7 @@ def test_torchrun_follows_one_process(torchrun, place, one):
     flags, path = place("two-padded")
     launcher = torchrun(*PLAIN, *flags, "--load_data_workers", 1)
     assert launcher.wait(60).returncode == 0, launcher.stderr
+    assert launcher.stderr.count("INFO - Epoch: 1 ") == 1, launcher.stderr
     assert_close_losses(path, one["padded"])
     assert_one_set_of_files(path, one["padded"])
     for name, model in models(path).items():

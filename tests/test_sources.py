@@ -1082,9 +1082,15 @@ def test_names_that_are_not_utf8(tmp_path, refused, prepare):
     done = prepare(source, tmp_path / "refused", max_seq_len=AUDIO_LEN)
     assert done.status == 1
     assert "Traceback" not in done.err and "caf" in done.err.splitlines()[-1]
+    # The name of a folder is no id, and shows only in messages.
+    folder = Path(os.fsdecode(os.fsencode(source) + b"/r\xf4le"))
+    write(folder / "84-1-0009.wav", sound(noise(0.3, 3)))
+    write(folder / "84-1-0010.wav", b"")
     done = prepare(source, tmp_path / "out", "--skip_bad", max_seq_len=AUDIO_LEN)
     assert done.status == 0, done.err
-    assert b"caf" in (tmp_path / "out" / "skipped.txt").read_bytes()
+    skipped = (tmp_path / "out" / "skipped.txt").read_bytes()
+    assert b"caf" in skipped and b"84-1-0010.wav" in skipped
+    assert "84-1-0009" in read_folder(tmp_path / "out", "skipped.txt")
 
 
 def test_errors_of_worker_processes_are_one_line(tmp_path):
@@ -1214,6 +1220,26 @@ def test_after_a_crash_of_the_machine(tmp_path, prepare, sources, name, damage):
         done = prepare(sources[kind], out, *options, "--resume")
         if done.status != 0:
             assert spoiled.name in error_line(done.err)
+            assert not (out / "lengths.pkl").exists()
+        else:
+            assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["audio-speaker", "kaldi-none", "kaldi-speaker"])
+def test_what_is_lost_between_two_runs_is_noticed(tmp_path, prepare, sources, name):
+    """Who clears away a damaged file finds it made again, or is told; never a set with holes."""
+    kind, options = INTERRUPTED[name]
+    assert prepare(sources[kind], tmp_path / "whole", *options).status == 0
+    for calls in (4, 7):
+        out = tmp_path / str(calls)
+        killed(arguments(sources[kind], out, *options), calls)
+        (out / "lengths.pkl").unlink(missing_ok=True)
+        lost = sorted([*out.glob("*-*.raw"), *out.glob("*.pt")])[-1].stem
+        for path in out.glob(f"{lost}.*"):
+            path.unlink()
+        done = prepare(sources[kind], out, *options, "--resume")
+        if done.status != 0:
+            assert lost in error_line(done.err)
             assert not (out / "lengths.pkl").exists()
         else:
             assert contents(out) == contents(tmp_path / "whole")

@@ -1,0 +1,108 @@
+"""Preparing audio against kaldi-native-fbank alone, on all cores.
+
+    python benchmarks/prepare_audio.py
+    python benchmarks/prepare_audio.py --format wav
+
+prepare_data.py decodes files, computes the features, normalises them by speaker and writes padded
+tensors. The other side computes the features of samples that are in memory already, and drops them.
+Start-up is left out. Times are the best of --rounds rounds, in which the sides take turns.
+"""
+
+import argparse
+
+import common
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--utterances", type=int, default=240, help="of 12 seconds")
+    add("--format", choices=["flac", "wav"], default="flac", help="of the files")
+    add("--rounds", type=int, default=3, help="rounds, of which the best counts")
+    add("--work_dir", metavar="DIR", help="for the files (default: the system's temporary folder)")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from functools import partial
+
+import numpy as np
+import soundfile
+
+import audio
+import prepare_data
+
+SECONDS, RATE = 12, 16000
+
+
+def speech_like(random):
+    """Syllables of filtered noise, int16: it compresses about as well as speech does."""
+    time = np.arange(SECONDS * RATE) / RATE
+    noise = np.convolve(random.standard_normal(len(time)), np.hanning(24), "same")
+    loudness = np.sin(2 * np.pi * (3 + random.random()) * time).clip(0.01) ** 2
+    return (noise * loudness * 600).clip(-32768, 32767).astype(np.int16)
+
+
+def fbank_alone(samples):
+    """kaldi-native-fbank, fed and read in the fastest way that its binding has -> frames."""
+    import kaldi_native_fbank
+
+    options = audio._fbank_options(audio.FbankConfig())
+    extractor = kaldi_native_fbank.OnlineFbank(options)
+    extractor.accept_waveform(RATE, memoryview(samples))
+    extractor.input_finished()
+    frames = [extractor.get_frame(i) for i in range(extractor.num_frames_ready)]
+    return len(frames)
+
+
+def part_alone(part):
+    return sum(fbank_alone(SAMPLES[i % len(SAMPLES)]) for i in part)
+
+
+def main():
+    args = build_parser().parse_args()
+    common.start()
+    random = np.random.default_rng(0)
+    global SAMPLES  # forked processes have them without their being sent
+    signals = [speech_like(random) for _ in range(20)]
+    SAMPLES = [signal.astype(np.float32) for signal in signals]
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
+        source = os.path.join(folder, "audio")
+        os.makedirs(source)
+        for number in range(args.utterances):
+            path = os.path.join(source, f"{number % 10}-{number:05d}.{args.format}")
+            soundfile.write(path, signals[number % len(signals)], RATE, subtype="PCM_16")
+        size = sum(entry.stat().st_size for entry in os.scandir(source))
+
+        cores = common.num_cores()
+        chunks = np.array_split(np.arange(args.utterances), 8 * cores)
+        ours, alone = [], []
+        with multiprocessing.get_context("fork").Pool(cores) as pool:
+            for i in range(args.rounds):
+                alone.append(common.clock(partial(pool.map, part_alone, chunks, 1)))
+                save_dir = os.path.join(folder, f"tensors{i}")
+                flags = ["--librispeech_from_audio", source, "--save_dir", save_dir]
+                os.sync()  # prepare_data.py syncs at its end, and must not wait for others' bytes
+                with contextlib.redirect_stdout(sys.stderr):
+                    ours.append(common.clock(partial(prepare_data.main, flags)))
+    hours = args.utterances * SECONDS / 3600
+    absolute = (
+        f"{hours / min(ours) * 60:.2f} against {hours / min(alone) * 60:.2f} hours a minute; "
+        f"{size / hours / 1e6:.0f} MB an hour"
+    )
+    ratio = f"{min(alone) / min(ours):.2f}"
+    common.row(f"{args.format} to tensors", f"fbank alone, {cores} processes", ratio, absolute)
+
+
+if __name__ == "__main__":
+    main()
