@@ -37,6 +37,7 @@ class FbankConfig:
     """
 
     # frames
+    full_scale: float = FULL_SCALE  # of the samples; torchaudio, and with it s3prl, has 1
     sample_rate: float = 16000.0  # Hz
     frame_length_ms: float = 25.0
     frame_shift_ms: float = 10.0
@@ -232,6 +233,8 @@ def fbank(samples: np.ndarray, config: FbankConfig, name: str = "audio") -> np.n
         # Given the array, it would take 40 % more time: the binding reads single items, and a
         # memoryview makes Python floats of them faster than numpy does its scalars.
         samples = np.ascontiguousarray(samples, dtype=np.float32)
+        if config.full_scale != FULL_SCALE:
+            samples = samples * np.float32(config.full_scale / FULL_SCALE)
         extractor.accept_waveform(config.sample_rate, memoryview(samples))
         extractor.input_finished()
     except ValueError as error:
@@ -250,6 +253,8 @@ def _fbank_options(config):
     options = kaldi_native_fbank.FbankOptions()
     renamed = {"sample_rate": "samp_freq", "num_mel_bins": "num_bins"}
     for field, value in asdict(config).items():
+        if field == "full_scale":  # ours alone
+            continue
         name = renamed.get(field, field)
         group = next(g for g in (options.frame_opts, options.mel_opts, options) if hasattr(g, name))
         setattr(group, name, value)

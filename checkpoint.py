@@ -191,6 +191,7 @@ def save_checkpoint(t):
         "scaler": t.scaler.state_dict(),
         "state": t.state,
         "flags": vars(t.args),
+        "data": t.data,
     }
     save(saved, os.path.join(t.path, "last.ckpt"))
 

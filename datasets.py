@@ -245,7 +245,7 @@ class BatchSampler(data.Sampler):
             random.shuffle(order)
         if self.bucketing:
             # Without shuffling there is one window: the whole set by length.
-            window = self.WINDOW * self.batch_size if self.shuffle else len(order)
+            window = self.WINDOW * self.batch_size if self.shuffle else max(1, len(order))
             for start in range(0, len(order), window):
                 part = order[start : start + window]
                 part[:] = part[np.argsort(self.lengths[part], kind="stable")]

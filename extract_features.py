@@ -54,6 +54,7 @@ if __name__ == "__main__":
     build_parser().parse_args()  # --help must not wait for torch
 
 import contextlib
+import io
 import json
 import logging
 import re
@@ -76,7 +77,7 @@ from datasets import (
     frame_counts,
     warn_of_other_data,
 )
-from load_pretrained import load_with_config, summary
+from load_pretrained import load_with_config, summary, training_data
 
 MAX_FRAMES = 1 << 16  # padded frames through the model at once, unless an utterance has more
 
@@ -104,7 +105,7 @@ def open_audio(args, data):
     All files are read once beforehand: for what is wrong with one, for speakers' statistics.
     """
     config, cmvn = audio.FbankConfig(), "speaker"
-    if data and data["source"] == "audio":
+    if data and data.get("source") == "audio":
         config, cmvn = audio.FbankConfig(**data["fbank"]), data["cmvn"]
     else:
         logging.warning(
@@ -154,7 +155,9 @@ class FileWriter:
             checkpoint.save(features, self.path(utt_id), sync=False)
         else:
             with checkpoint.atomic_write(self.path(utt_id), sync=False) as file:
-                np.save(file, features.numpy())
+                buffer = io.BytesIO()  # given a file, numpy overlooks that a disk is full
+                np.save(buffer, features.numpy())
+                file.write(buffer.getbuffer())
 
     def close(self):
         pass
@@ -167,6 +170,10 @@ class ArkWriter:
         self.path = os.path.abspath(os.path.join(save_dir, name))
         self.finished = resume and os.path.exists(f"{self.path}.scp")
         if self.finished:
+            with contextlib.suppress(FileNotFoundError):  # close() was cut off
+                os.remove(f"{self.path}.scp.part")
+            with open(f"{self.path}.scp", "rb") as file:
+                self.ids = {line.split(b" ")[0].decode() for line in file}
             return
         interrupted = os.path.exists(f"{self.path}.scp.part")
         if resume and interrupted and not os.path.exists(f"{self.path}.ark.part"):
@@ -187,9 +194,11 @@ class ArkWriter:
         self.ids = set(self.ids)
 
     def has(self, utt_id):
-        return self.finished or utt_id in self.ids
+        return utt_id in self.ids
 
     def write(self, utt_id, features):
+        if self.finished:
+            raise UserError(f"{self.path}.ark: is finished, and without {utt_id}: start anew")
         import kaldiio
 
         self.ark.seek(0, os.SEEK_END)
@@ -214,13 +223,14 @@ class ArkWriter:
         os.remove(f"{self.path}.scp.part")
 
 
-def open_writer(args, ids, rank, world_size):
+def open_writer(args, residual, ids, rank, world_size):
     """Make save_dir ready -> the writer of the format. UserError if it is of another extraction."""
     if os.path.exists(os.path.join(args.save_dir, "lengths.pkl")):
         raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
     about = {
         "checkpoint": args.checkpoint,
         "source": args.data_dir or args.audio,
+        "residual": residual,
         "layer": args.layer,
         "format": args.format,
         "dtype": args.dtype,
@@ -229,7 +239,10 @@ def open_writer(args, ids, rank, world_size):
     path = os.path.join(args.save_dir, "features.json")
     if args.resume and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            before = json.load(file)
+            try:
+                before = dict(json.load(file))
+            except (ValueError, TypeError):
+                raise UserError(f"{path}: damaged: choose another --save_dir") from None
         for key, value in about.items():
             if before.get(key) != value:
                 raise UserError(
@@ -238,6 +251,13 @@ def open_writer(args, ids, rank, world_size):
                 )
     elif rank == 0:
         os.makedirs(args.save_dir, exist_ok=True)
+        ours = (".pt", ".npy", ".ark", ".scp", "features.json")
+        there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
+        if there:
+            raise UserError(
+                f"{args.save_dir}: holds files like {there[0]}: choose another --save_dir, or "
+                "--resume what was begun there"
+            )
         checkpoint.write_json(about, path)
     if world_size > 1:
         dist.barrier()
@@ -271,7 +291,7 @@ def main(argv=None):
     setup_logging()
     rank, world_size, device = start_processes(args.device)
     model, config = load_with_config(args.checkpoint, device, args.residual)
-    trained = (config.get("data") or [None])[0]
+    trained = training_data(config, args.checkpoint)
     choose = choose_layers(args.layer, len(model.rnns) + (model.prenet is not None))
     if args.format == "ark" and (args.layer == "all" or "," in args.layer):
         raise UserError(f"--format ark holds matrices, but --layer {args.layer} gives one a layer")
@@ -291,7 +311,7 @@ def main(argv=None):
     # Each process has its own utterances, of all lengths.
     num_frames = frame_counts(dataset)
     mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
-    writer = open_writer(args, dataset.ids, rank, world_size)
+    writer = open_writer(args, bool(model.rnn_residual), dataset.ids, rank, world_size)
     todo = [i for i in mine if not writer.has(dataset.ids[i].removesuffix(".pt"))]
     print(
         f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {len(todo)} of "

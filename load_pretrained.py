@@ -12,6 +12,7 @@ the checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt). Nothing in a file is 
 
 import argparse
 import json
+import math
 import os
 import re
 
@@ -45,6 +46,7 @@ if __name__ == "__main__":
 import logging
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -84,7 +86,8 @@ def load_with_config(path, device="cpu", residual=None):
     weights, config = read_checkpoint(path)
     mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
     found = model_flags(mel_dim, prenet_config, rnn_config)
-    config = config or read_config(path, found) or {}
+    if config is None or "data" not in config:
+        config = (read_config(path, found) or {}) | (config or {})
     if residual is None:
         residual = find_residual(path, config)
     model = APCModel(mel_dim, prenet_config, rnn_config._replace(residual=residual))
@@ -97,7 +100,8 @@ def read_checkpoint(path):
     value, flags = checkpoint.load(path), None
     is_dict = isinstance(value, dict)
     if is_dict and "model" in value and "flags" in value:  # last.ckpt
-        value, flags = value["model"], value["flags"] | {"data": value.get("data")}
+        data = {"data": value["data"]} if "data" in value else {}
+        value, flags = value["model"], value["flags"] | data
     elif is_dict and "model" in value and "config" in value:
         value, flags = from_s3prl(value["model"], value["config"], path)
     if not isinstance(value, dict) or not all(
@@ -195,6 +199,20 @@ def read_config(path, found):
     return config
 
 
+def training_data(config, name):
+    """A model's flags -> prepared.json of what it was trained on, or None where nobody knows."""
+    data = config.get("data") or [None]
+    try:
+        first = data[0]
+        if first is not None and first["source"] == "audio":
+            FbankConfig(**first["fbank"])
+            if first["cmvn"] == "global":
+                np.array(first["cmvn_stats"], np.float64).reshape(2, -1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: config.json: its data lacks or mistakes {error}") from None
+    return first
+
+
 def find_residual(path, config):
     """Whether a model is residual, from its flags or its name; else UserError."""
     if isinstance(config.get("rnn_residual"), bool):
@@ -210,10 +228,8 @@ def find_residual(path, config):
 
 # s3prl --------------------------------------------------------------------------------------------
 
-# s3prl computes features with torchaudio's Kaldi fbank from samples in [-1, 1]: the floor of the
-# mel energies lies 2^30 higher than for samples in 16-bit range; the rest is a constant, which CMVN
-# takes away.
-S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "eps": 2.0**30 * 2.0**-23}
+# s3prl computes features with torchaudio's Kaldi fbank, from samples in [-1, 1].
+S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "full_scale": 1.0}
 
 
 def from_s3prl(weights, config, path):
@@ -229,7 +245,7 @@ def from_s3prl(weights, config, path):
         if sound["feat_type"] != "fbank":
             raise UserError(f"{path}: features are {sound['feat_type']!r}, expected 'fbank'")
         fbank = FbankConfig(
-            num_mel_bins=sound["feat_dim"],
+            num_mel_bins=int(sound["feat_dim"]),
             frame_length_ms=float(sound.get("frame_length", 25)),
             frame_shift_ms=float(sound.get("frame_shift", 10)),
             **S3PRL_FBANK,
@@ -244,7 +260,9 @@ def from_s3prl(weights, config, path):
             renamed[name] = weight
         if "postnet.layer.weight" in renamed:  # of a linear layer; the original's is a Conv1d
             renamed["postnet.layer.weight"] = renamed["postnet.layer.weight"][:, :, None]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{path}: expected s3prl's config of an APC model, but it lacks or mistakes {error}"
         ) from None
@@ -265,12 +283,15 @@ def to_s3prl(model, config):
         "it has a prenet": model.prenet is not None,
         "its first layer is residual": model.rnn_residual and model.mel_dim == hidden_size,
     }
-    data = (config.get("data") or [None])[0] or {}
+    if len(model.rnns) < 3:
+        logging.warning("s3prl's apc_local takes the features of layers 1 and 2: this has fewer")
+    data = training_data(config, "the model") or {}
     fbank = FbankConfig(num_mel_bins=model.mel_dim)
     if data.get("fbank"):
         fbank = FbankConfig(**data["fbank"])
         own = {"frame_length_ms": fbank.frame_length_ms, "frame_shift_ms": fbank.frame_shift_ms}
-        ignored = {"dither": 0.0, "eps": 0.0, "htk_compat": False}  # of no weight after CMVN
+        # A constant, which CMVN takes away or the weights take up, and what is of no weight here.
+        ignored = {"full_scale": 1.0, "dither": 0.0, "htk_compat": False}
         same = FbankConfig(num_mel_bins=model.mel_dim, **own, **ignored)
         refused["its fbank is another"] = FbankConfig(**asdict(fbank) | ignored) != same
     for reason, holds in refused.items():
@@ -296,6 +317,13 @@ def to_s3prl(model, config):
             if name.startswith(old):
                 weights[new + name.removeprefix(old)] = weight.cpu()
     weights["postnet.weight"] = weights["postnet.weight"][:, :, 0].clone()
+    if cmvn == "none":  # our log energies lie above s3prl's: let the weights take that up
+        shift = 2 * math.log(fbank.full_scale)
+        first = weights["rnn_layers.0.weight_ih_l0"]
+        weights["rnn_layers.0.bias_ih_l0"] = weights["rnn_layers.0.bias_ih_l0"] + shift * first.sum(
+            1
+        )
+        weights["postnet.bias"] = weights["postnet.bias"] - shift
     sound = {
         "feat_type": "fbank",
         "feat_dim": model.mel_dim,

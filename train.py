@@ -16,7 +16,6 @@ import dataclasses
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -187,6 +186,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     seq_len: int  # of the training data
+    data: list  # prepared.json of each training split, or None
     state: dict  # the position of the run: with the weights, all that --resume needs
     signals: dict  # those received
     log: checkpoint.RunLog = None
@@ -501,6 +501,7 @@ def train(args, rank, world_size, device, signals):
         optimizer=build_optimizer(args, model.parameters()),
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         seq_len=splits[0].seq_len,
+        data=[split.prepared for split in splits],
         state={
             "epoch": 0,
             "batch": 0,  # done in this epoch
@@ -523,7 +524,7 @@ def train(args, rank, world_size, device, signals):
         os.makedirs(path, exist_ok=True)
         setup_logging(os.path.join(path, args.experiment_name))
         checkpoint.rewind_logs(path, t.state["step"], t.state["epoch"])
-        config = vars(args) | {"data": [split.prepared for split in splits], "version": __version__}
+        config = vars(args) | {"data": t.data, "version": __version__}
         checkpoint.write_json(config, os.path.join(path, "config.json"))
     t.log = checkpoint.RunLog(path, args.experiment_name, active=rank == 0)
 

@@ -41,6 +41,8 @@ def build_parser():
     add("--seed", type=not_negative, default=0, help="of the corpus, the weights and the probes")
     add = parser.add_argument_group("output").add_argument
     add("--work_dir", default="./logs/evidence", help="for everything on the way")
+    default = str(ROOT / "benchmarks" / "results")
+    add("--results_dir", default=default, help="for tables and pictures")
     return parser
 
 

@@ -35,20 +35,6 @@ def fraction(text):
     return value
 
 
-def add_probe_flags(parser, epochs):
-    """What both probes let one choose about the classifier and the output."""
-    add = parser.add_argument_group("classifier").add_argument
-    add("--mlp", action="store_true", help="one hidden layer of ReLUs instead of a linear one")
-    add("--hidden_size", type=positive, default=512, help="units of that layer")
-    add("--epochs", type=positive, default=epochs, help="passes over the training examples")
-    add("--learning_rate", type=float, default=0.003, help="Adam's, at the start; ends at 0")
-    add("--batch_size", type=positive, default=512, help="examples of a step")
-    add("--seed", type=not_negative, default=0, help="of the split, the weights and the order")
-    add = parser.add_argument_group("output").add_argument
-    add("--names", nargs="+", metavar="NAME", help="of the folders in the table; default: paths")
-    add("--json", metavar="FILE", help="write the figures there too")
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -63,7 +49,13 @@ def build_parser():
         "--split_by", choices=["utterance", "speaker"], default="utterance", help="what to hold out"
     )
     add("--test_fraction", type=fraction, default=0.2, help="how much, without --test_features")
-    add_probe_flags(parser, epochs=10)
+    add = parser.add_argument_group("classifier").add_argument
+    add("--mlp", action="store_true", help="one hidden layer of 512 ReLUs instead of a linear one")
+    add("--epochs", type=positive, default=10, help="passes over the training frames")
+    add("--seed", type=not_negative, default=0, help="of the split, the weights and the order")
+    add = parser.add_argument_group("output").add_argument
+    add("--names", nargs="+", metavar="NAME", help="of the folders in the table; default: paths")
+    add("--json", metavar="FILE", help="write the figures there too")
     return parser
 
 
@@ -125,8 +117,9 @@ def read_features(folder):
     return features, [f"layer {i + 1}" for i in range(len(first))]
 
 
-def check_labels(features, labels, folder):
-    """UserError unless every frame of every utterance has a label."""
+def read_labelled(folder, labels):
+    """read_features; UserError unless every frame of every utterance has a label."""
+    features, layers = read_features(folder)
     for utt_id, value in features.items():
         if utt_id not in labels:
             raise UserError(f"{folder}: utterance {utt_id}: has no labels")
@@ -135,6 +128,7 @@ def check_labels(features, labels, folder):
                 f"{folder}: utterance {utt_id}: {value.shape[1]} frames, but "
                 f"{len(labels[utt_id])} labels"
             )
+    return features, layers
 
 
 def hold_out(ids, split_by, test_fraction, seed):
@@ -158,30 +152,28 @@ def stack(features, ids, layer):
 # The classifier -----------------------------------------------------------------------------------
 
 
-def fit(x, y, num_classes, args):
+def fit(x, y, num_classes, epochs, seed, hidden_size=0, learning_rate=0.003, batch_size=512):
     """Fit a softmax classifier: Adam on the cross-entropy, its rate falling to 0 along a cosine.
 
     Args:
         x: (N, H) float32, standardised here by their own mean and deviation.
         y: (N,) int64, classes below num_classes.
-        args: mlp, hidden_size, epochs, learning_rate, batch_size, seed.
+        hidden_size: 0 for a linear classifier, otherwise the ReLUs of one hidden layer.
 
     Returns:
         A function from (M, H) to the M most probable classes.
     """
     mean, scale = x.mean(dim=0), 1 / x.std(dim=0).clamp(min=1e-6)
-    torch.manual_seed(args.seed)
-    if args.mlp:
-        layers = nn.Linear(x.size(1), args.hidden_size), nn.ReLU()
-        model = nn.Sequential(*layers, nn.Linear(args.hidden_size, num_classes))
-    else:
-        model = nn.Linear(x.size(1), num_classes)
     x = (x - mean) * scale
-    steps = args.epochs * -(-len(x) // args.batch_size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+    torch.manual_seed(seed)
+    sizes = [x.size(1), hidden_size, num_classes] if hidden_size else [x.size(1), num_classes]
+    layers = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:])]
+    model = nn.Sequential(layers[0], *(part for layer in layers[1:] for part in (nn.ReLU(), layer)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    steps = epochs * -(-len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(args.epochs):
-        for batch in torch.randperm(len(x)).split(args.batch_size):
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(batch_size):
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -205,7 +197,8 @@ def probe(train, test, labels, layer, args):
     sets = [[label for utt_id in ids for label in labels[utt_id]] for _, ids in (train, test)]
     classes = {label: i for i, label in enumerate(sorted(set(sets[0] + sets[1])))}
     y, y_test = (torch.tensor([classes[label] for label in values]) for values in sets)
-    predict = fit(stack(*train, layer), y, len(classes), args)
+    hidden_size = 512 if args.mlp else 0
+    predict = fit(stack(*train, layer), y, len(classes), args.epochs, args.seed, hidden_size)
     wrong = predict(stack(*test, layer)) != y_test
     counts = [len(labels[utt_id]) for utt_id in test[1]]
     return error_rate(np.array([w.sum().item() for w in wrong.split(counts)]), np.array(counts))
@@ -227,8 +220,6 @@ def row_names(args, folders, parser):
     names = args.names or folders
     if len(names) != len(folders) or len(set(names)) < len(names):
         parser.error(f"--names: expected {len(folders)} different names, found {' '.join(names)}")
-    if not 0 < args.learning_rate < 1e6:
-        parser.error(f"--learning_rate {args.learning_rate}: expected a number above 0")
     return names
 
 
@@ -242,16 +233,12 @@ def main(argv=None):
     labels = read_labels(args.labels)
     rows, figures = {}, {}
     for name, folder, test_folder in zip(names, args.train_features, test_folders):
-        features, layers = read_features(folder)
-        check_labels(features, labels, folder)
+        features, layers = read_labelled(folder, labels)
         if test_folder is None:
-            train_ids, test_ids = hold_out(
-                list(features), args.split_by, args.test_fraction, args.seed
-            )
-            train, test = (features, train_ids), (features, test_ids)
+            ids = hold_out(list(features), args.split_by, args.test_fraction, args.seed)
+            train, test = ((features, part) for part in ids)
         else:
-            test_features, test_layers = read_features(test_folder)
-            check_labels(test_features, labels, test_folder)
+            test_features, test_layers = read_labelled(test_folder, labels)
             both = features.keys() & test_features.keys()
             if both:
                 raise UserError(f"{test_folder}: utterance {min(both)}: is in {folder} too")

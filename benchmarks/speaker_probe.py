@@ -17,10 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from phone_probe import add_probe_flags, fraction, row_names
-
-from utils import UserError, run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import UserError, not_negative, positive, run
 
 
 def build_parser():
@@ -30,8 +28,12 @@ def build_parser():
     )
     add = parser.add_argument_group("data").add_argument
     add("--features", nargs="+", metavar="DIR", required=True, help="folders, each a row")
-    add("--test_fraction", type=fraction, default=0.5, help="of each speaker's utterances")
-    add_probe_flags(parser, epochs=300)
+    add = parser.add_argument_group("classifier").add_argument
+    add("--epochs", type=positive, default=300, help="passes over the training utterances")
+    add("--seed", type=not_negative, default=0, help="of the split, the weights and the order")
+    add = parser.add_argument_group("output").add_argument
+    add("--names", nargs="+", metavar="NAME", help="of the folders in the tables; default: paths")
+    add("--json", metavar="FILE", help="write the figures there too")
     return parser
 
 
@@ -40,28 +42,27 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from phone_probe import error_rate, fit, markdown, read_features
+from benchmarks.phone_probe import error_rate, fit, markdown, read_features, row_names
 
 import checkpoint
 
 
-def split_speakers(ids, test_fraction, seed):
-    """Utterance ids -> (to train on, to test on), with some of every speaker in each."""
+def split_speakers(ids, seed):
+    """Utterance ids -> (to train on, to test on), half of every speaker's in each."""
     speakers = {}
     for utt_id in sorted(ids):
         speakers.setdefault(utt_id.split("-")[0], []).append(utt_id)
     if len(speakers) < 2:
         raise UserError(f"only one speaker: {min(speakers)}")
     random = np.random.default_rng(seed)
-    train_ids, test_ids = [], []
+    parts = [], []
     for speaker, of_it in speakers.items():
-        count = max(2, round(test_fraction * len(of_it)))  # two, for a pair
-        if count >= len(of_it):
-            raise UserError(f"speaker {speaker}: {len(of_it)} utterances are too few")
+        if len(of_it) < 4:  # two in each part, for a pair
+            raise UserError(f"speaker {speaker}: {len(of_it)} utterances, but 4 are needed")
         of_it = random.permutation(of_it).tolist()
-        test_ids += of_it[:count]
-        train_ids += of_it[count:]
-    return train_ids, test_ids
+        parts[0].extend(of_it[::2])
+        parts[1].extend(of_it[1::2])
+    return parts
 
 
 def equal_error_rate(scores, same):
@@ -103,7 +104,7 @@ def probe(features, train_ids, test_ids, layer, args):
         torch.tensor([names.index(utt_id.split("-")[0]) for utt_id in ids])
         for ids in (train_ids, test_ids)
     )
-    wrong = (fit(x, y, len(names), args)(x_test) != y_test).numpy()
+    wrong = (fit(x, y, len(names), args.epochs, args.seed)(x_test) != y_test).numpy()
     eer = equal_error_rate(*cosine_pairs(x_test - x.mean(dim=0), y_test.numpy()))
     return *error_rate(wrong, np.ones(len(wrong))), 100 * eer
 
@@ -115,7 +116,7 @@ def main(argv=None):
     errors, rates, figures = {}, {}, {}
     for name, folder in zip(names, args.features):
         features, layers = read_features(folder)
-        ids = split_speakers(features, args.test_fraction, args.seed)
+        ids = split_speakers(features, args.seed)
         print(
             f"{name}: {len(ids[0])} utterances to train on, {len(ids[1])} to test on",
             file=sys.stderr,
