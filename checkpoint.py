@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import socket
+import time
 import warnings
 
 import torch
@@ -44,9 +46,11 @@ def atomic_write(path, sync=True):
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # write() knows no name
+            raise UserError(f"{path}: {error.strerror}; nothing else is changed") from None
         raise
 
 
@@ -84,33 +88,63 @@ def load(path):
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard, both written by the first process alone."""
+    """metrics.jsonl and TensorBoard, both written by the first process alone.
+
+    Events are written as they come, by this thread: SummaryWriter's own would end with a traceback
+    when the disk is full.
+    """
 
     def __init__(self, path, name, active):
         self.active = active
-        if active:
-            from torch.utils.tensorboard import SummaryWriter
+        if not active:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-            metrics = os.path.join(path, "metrics.jsonl")
-            self.metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
-            self.tensorboard = SummaryWriter(os.path.join(path, f"{name}.tb_log"))
+        self.path = path
+        folder = os.path.join(path, f"{name}.tb_log")
+        os.makedirs(folder, exist_ok=True)
+        events = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self.metrics = open(os.path.join(path, "metrics.jsonl"), "ab", 0)  # noqa: SIM115
+        self.events = open(os.path.join(folder, events), "ab", 0)  # noqa: SIM115
+        self.records = RecordWriter(self.events)
+        self.event = Event
+        self._record(file_version="brain.Event:2")
+
+    def _record(self, **content):
+        event = self.event(wall_time=time.time(), **content)
+        try:
+            self.records.write(event.SerializeToString())
+        except OSError as error:
+            raise UserError(f"{self.events.name}: {error.strerror}") from None
 
     def write(self, position, index, figures):
         """A line {**position, **figures} of metrics.jsonl, and a scalar a figure at `index`."""
         if not self.active:
             return
-        line = dict(position)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        line, values = dict(position), []
         for tag, value in figures.items():
-            self.tensorboard.add_scalar(tag, value, index)
+            values.append(Summary.Value(tag=tag, simple_value=value))
             key = tag.split(" (")[0].replace(" ", "_")
             line[key] = value if math.isfinite(value) else None  # JSON has no NaN
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        self._record(step=index, summary=Summary(value=values))
+        try:
+            self.metrics.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics.name}: {error.strerror}") from None
+
+    def picture(self, tag, picture, index):
+        """An RGB picture, uint8 (height, width, 3), for TensorBoard."""
+        from torch.utils.tensorboard.summary import image
+
+        self._record(step=index, summary=image(tag, picture, dataformats="HWC"))
 
     def close(self):
         if self.active:
             self.metrics.close()
-            self.tensorboard.close()
+            self.events.close()
 
 
 def rewind_logs(path, step, epoch):
@@ -184,7 +218,6 @@ def save_checkpoint(t):
     if t.rank > 0:
         return
     check_weights(t)
-    t.log.tensorboard.flush()  # what is logged must not end before where the run goes on
     saved = {
         "model": t.model.state_dict(),
         "optimizer": t.optimizer.state_dict(),
@@ -200,18 +233,25 @@ def restore(t):
     """Go back to where last.ckpt was written; UserError if it is of another run."""
     path = os.path.join(t.path, "last.ckpt")
     saved = load(path)
+    parts = {"model", "optimizer", "scaler", "state", "flags"}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in parts):
+        raise UserError(f"{path}: expected what train.py saves, with {', '.join(sorted(parts))}")
     for flag, value in vars(t.args).items():
         if flag not in FREE_FLAGS and saved["flags"].get(flag) != value:
             raise UserError(
                 f"{path}: --{flag} was {saved['flags'].get(flag)} in this run, and is {value} now: "
                 "--resume needs the run's own flags"
             )
-    if saved["state"]["data_size"] != t.state["data_size"]:
+    if saved["state"].get("data_size") != t.state["data_size"]:
         raise UserError(
-            f"{path}: the run's training data were {saved['state']['data_size']} (utterances, "
-            f"frames), and now are {t.state['data_size']}"
+            f"{path}: the run's training data were {saved['state'].get('data_size')} (utterances, "
+            f"frames, checksum of names and lengths), and now are {t.state['data_size']}"
         )
-    t.model.load_state_dict(saved["model"])
-    t.optimizer.load_state_dict(saved["optimizer"])
-    t.scaler.load_state_dict(saved["scaler"])
+    try:
+        t.model.load_state_dict(saved["model"])
+        t.optimizer.load_state_dict(saved["optimizer"])
+        t.scaler.load_state_dict(saved["scaler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: does not fit this run: {why}") from None
     t.state.update(saved["state"])

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 
 from utils import (
     PrenetConfig,
@@ -268,8 +269,9 @@ def losses(args, sums, utterances, frames, seq_len):
     """Summed errors -> (with padding, per real frame): the two kinds of mean loss."""
     real, padding = sums
     n = args.time_shift
-    with_padding = (real + padding) / max(utterances * (seq_len - n), 1)
-    return with_padding, real / max(frames - n * utterances, 1)
+    if not utterances:  # every step of an epoch was skipped
+        return math.nan, math.nan
+    return (real + padding) / (utterances * (seq_len - n)), real / (frames - n * utterances)
 
 
 def train_step(t, inputs, lengths, utterances, frames):
@@ -294,6 +296,8 @@ def train_step(t, inputs, lengths, utterances, frames):
             t.scaler.scale(loss * t.world_size).backward()
         sums += part_sums.detach()
     all_reduce(sums)
+    if t.scaler.is_enabled():  # it looks at gradients alone: a loss that is not finite must show
+        torch._foreach_add_([p.grad for p in t.model.parameters()], 0 * sums.sum())
     t.scaler.unscale_(t.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.clip_thresh)
     skipped = ~(norm.isfinite() & sums.isfinite().all())
@@ -410,7 +414,7 @@ def end_epoch(t, loader, valid_loader):
     if t.rank == 0:
         picture = mel_picture(*predict_utterance(t, valid_loader.dataset))
         tag = "target (above) and predicted log-Mel (epoch-wise)"
-        t.log.tensorboard.add_image(tag, picture, state["epoch"], dataformats="HWC")
+        t.log.picture(tag, picture, state["epoch"])
     logging.info(
         "Epoch: %d Training Loss: %.5f Validation Loss: %.5f", number, train_loss, valid_loss
     )
@@ -463,6 +467,11 @@ def find_run(args, path):
     return False
 
 
+def is_to_go_on(t):
+    """Whether epochs and steps are left."""
+    return t.state["epoch"] < t.args.epochs and t.state["step"] < (t.args.max_steps or math.inf)
+
+
 def train(args, rank, world_size, device, signals):
     setup_logging()
     if rank > 0:
@@ -479,7 +488,8 @@ def train(args, rank, world_size, device, signals):
         raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
     train_set = torch.utils.data.ConcatDataset(splits) if len(splits) > 1 else splits[0]
     num_frames = np.concatenate([frame_counts(split) for split in splits])
-    data_size = [len(num_frames), int(num_frames.sum())]
+    names = "".join(f"{name} {split.lengths[name]}\n" for split in splits for name in split.ids)
+    data_size = [len(num_frames), int(num_frames.sum()), zlib.crc32(names.encode())]
 
     seed_everything(args.seed)
     model = APCModel(args.feature_dim, *model_configs(args))
@@ -517,6 +527,9 @@ def train(args, rank, world_size, device, signals):
     )
     if resuming:
         checkpoint.restore(t)
+    if not is_to_go_on(t):
+        logging.info(f"{path}: nothing is left to do after {t.state['step']} steps")
+        return
     if world_size > 1:
         ids = [device] if device.type == "cuda" else None
         t.net = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
@@ -531,7 +544,7 @@ def train(args, rank, world_size, device, signals):
     positions = f"all {t.seq_len - args.time_shift} positions of an utterance, padding included"
     logging.info(f"{'going on with' if resuming else 'training'} {path}")
     logging.info(f"model: {summary(model)}")
-    utterances, frames = data_size
+    utterances, frames, _ = data_size
     logging.info(
         f"data: {utterances} utterances, {frames} frames, {frames / 360000:.2f} hours at 10 ms, "
         f"from {', '.join(args.train_split)}; validation: {len(valid_set)} utterances"
@@ -552,11 +565,9 @@ def train(args, rank, world_size, device, signals):
     loader = build_loader(t, train_set, num_frames, shuffle=True)
     valid_loader = build_loader(t, valid_set, frame_counts(valid_set), shuffle=False)
     try:
-        while t.state["epoch"] < args.epochs:
+        while is_to_go_on(t):
             train_epoch(t, loader)
             end_epoch(t, loader, valid_loader)
-            if t.state["step"] == args.max_steps:
-                break
         logging.info(f"done: {t.state['epoch']} epochs, {t.state['step']} steps, see {path}")
     except Stopped as stopped:
         log_steps(t)

@@ -113,6 +113,7 @@ def setup_logging(path=None):
     handlers = [logging.StreamHandler()]
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    logging.raiseExceptions = False  # a full disk is told by what the run must write
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s - %(levelname)s - %(message)s",

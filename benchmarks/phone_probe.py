@@ -51,7 +51,7 @@ def build_parser():
     add("--test_fraction", type=fraction, default=0.2, help="how much, without --test_features")
     add = parser.add_argument_group("classifier").add_argument
     add("--mlp", action="store_true", help="one hidden layer of 512 ReLUs instead of a linear one")
-    add("--epochs", type=positive, default=10, help="passes over the training frames")
+    add("--steps", type=positive, default=2000, help="of 512 frames each, drawn at random")
     add("--seed", type=not_negative, default=0, help="of the split, the weights and the order")
     add = parser.add_argument_group("output").add_argument
     add("--names", nargs="+", metavar="NAME", help="of the folders in the table; default: paths")
@@ -152,7 +152,7 @@ def stack(features, ids, layer):
 # The classifier -----------------------------------------------------------------------------------
 
 
-def fit(x, y, num_classes, epochs, seed, hidden_size=0, learning_rate=0.003, batch_size=512):
+def fit(x, y, num_classes, steps, seed, hidden_size=0, learning_rate=0.003, batch_size=512):
     """Fit a softmax classifier: Adam on the cross-entropy, its rate falling to 0 along a cosine.
 
     Args:
@@ -170,15 +170,14 @@ def fit(x, y, num_classes, epochs, seed, hidden_size=0, learning_rate=0.003, bat
     layers = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:])]
     model = nn.Sequential(layers[0], *(part for layer in layers[1:] for part in (nn.ReLU(), layer)))
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    steps = epochs * -(-len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(batch_size):
-            loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        batch = torch.randint(len(x), (batch_size,))
+        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return lambda x: model((x - mean) * scale).detach().argmax(dim=1)
 
 
@@ -198,7 +197,7 @@ def probe(train, test, labels, layer, args):
     classes = {label: i for i, label in enumerate(sorted(set(sets[0] + sets[1])))}
     y, y_test = (torch.tensor([classes[label] for label in values]) for values in sets)
     hidden_size = 512 if args.mlp else 0
-    predict = fit(stack(*train, layer), y, len(classes), args.epochs, args.seed, hidden_size)
+    predict = fit(stack(*train, layer), y, len(classes), args.steps, args.seed, hidden_size)
     wrong = predict(stack(*test, layer)) != y_test
     counts = [len(labels[utt_id]) for utt_id in test[1]]
     return error_rate(np.array([w.sum().item() for w in wrong.split(counts)]), np.array(counts))

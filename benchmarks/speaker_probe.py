@@ -29,7 +29,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--features", nargs="+", metavar="DIR", required=True, help="folders, each a row")
     add = parser.add_argument_group("classifier").add_argument
-    add("--epochs", type=positive, default=300, help="passes over the training utterances")
+    add("--steps", type=positive, default=1000, help="of 512 utterances each, drawn at random")
     add("--seed", type=not_negative, default=0, help="of the split, the weights and the order")
     add = parser.add_argument_group("output").add_argument
     add("--names", nargs="+", metavar="NAME", help="of the folders in the tables; default: paths")
@@ -42,9 +42,9 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from benchmarks.phone_probe import error_rate, fit, markdown, read_features, row_names
 
 import checkpoint
+from benchmarks.phone_probe import error_rate, fit, markdown, read_features, row_names
 
 
 def split_speakers(ids, seed):
@@ -104,7 +104,7 @@ def probe(features, train_ids, test_ids, layer, args):
         torch.tensor([names.index(utt_id.split("-")[0]) for utt_id in ids])
         for ids in (train_ids, test_ids)
     )
-    wrong = (fit(x, y, len(names), args.epochs, args.seed)(x_test) != y_test).numpy()
+    wrong = (fit(x, y, len(names), args.steps, args.seed)(x_test) != y_test).numpy()
     eer = equal_error_rate(*cosine_pairs(x_test - x.mean(dim=0), y_test.numpy()))
     return *error_rate(wrong, np.ones(len(wrong))), 100 * eer
 
