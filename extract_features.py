@@ -336,7 +336,6 @@ def main(argv=None):
         dist.barrier()
         if rank == 0 and args.format == "ark":
             merge_scps(args.save_dir, world_size)
-        dist.destroy_process_group()
     print(
         f"{args.save_dir}: features of {len(todo)} utterances written, {len(mine) - len(todo)} "
         "were there"

@@ -527,7 +527,7 @@ def train(args, rank, world_size, device, signals):
     )
     if resuming:
         checkpoint.restore(t)
-    if not is_to_go_on(t):
+    if resuming and not is_to_go_on(t):
         logging.info(f"{path}: nothing is left to do after {t.state['step']} steps")
         return
     if world_size > 1:
@@ -610,9 +610,6 @@ def main(argv=None):
             raise
         # Most often another process is gone; what it said stands elsewhere.
         raise UserError(f"process {rank + 1} of {world_size} cannot go on: {first}") from error
-    finally:
-        if world_size > 1:
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -25,15 +25,25 @@ class UserError(ValueError):
 
 def run(main):
     """Call `main()`; end an error that the user can mend with one line on stderr and status 1."""
+    status = None
     try:
         main()
     except (UserError, OSError) as error:
         # A data loader's worker hands its error on behind its traceback: the last line is ours.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = lines[-1].removeprefix("utils.UserError: ")
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except SystemExit as stop:
+        status = stop.code
+    if "WORLD_SIZE" in os.environ:
+        # One of several processes: tidying up what connects them can hang when another is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)
 
 
 def positive(text, least=1):

@@ -3,6 +3,7 @@
 Importing it puts the repository's root on the path. Nothing heavy is imported before it is needed.
 """
 
+import contextlib
 import os
 import pickle
 import platform
@@ -40,6 +41,17 @@ def start(device="cpu", precision="float32"):
 
 def row(stage, against, ratio, absolute):
     print(f"| {stage} | {against} | {ratio} | {absolute} |", flush=True)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Drop what the scripts print while they run in this process: the table is enough."""
+    with (
+        open(os.devnull, "w", encoding="utf-8") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+    ):
+        yield
 
 
 def num_cores():

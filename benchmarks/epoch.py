@@ -28,7 +28,6 @@ def build_parser():
 if __name__ == "__main__":
     build_parser().parse_args()
 
-import logging
 import os
 import statistics
 import tempfile
@@ -67,11 +66,11 @@ def run_epochs(folder, corpus, count, device, bare=False, flags=()):
         + ["--epochs", str(count), "--rnn_residual", "--device", device.type, *flags]
     )
     with (
+        common.quiet(),
         mock.patch.object(train, "train_epoch", timed_epoch),
         mock.patch.object(train, "end_epoch", timed_end),
     ):
         train.train(args, rank=0, world_size=1, device=device, signals=[])
-    logging.shutdown()
     return epochs, ends, bare_epochs, frames
 
 

@@ -274,8 +274,13 @@ def claims(figures, time_shifts):
         "- The lowest layer carries more of the speaker than the highest (equal-error rate): "
         f"**{len(lower)} of {len(rows)} models**."
     )
-    by_n = ", ".join(f"n = {n}: {best([row])[0][0]:.1f} %" for n, row in zip(time_shifts, rows))
-    lines.append(f"- How far ahead the model predicts matters. Frame errors, best layers: {by_n}.")
+    by_n = {n: best([row])[0][0] for n, row in zip(time_shifts, rows)}
+    lines.append(
+        "- How far ahead the model predicts matters: "
+        + ", ".join(f"n = {n}: {error:.1f} %" for n, error in by_n.items())
+        + f" (each model's best layer). **n = {min(by_n, key=by_n.get)} is best, "
+        f"n = {max(by_n, key=by_n.get)} worst**."
+    )
     return lines
 
 

@@ -27,9 +27,7 @@ def build_parser():
 if __name__ == "__main__":
     build_parser().parse_args()
 
-import contextlib
 import os
-import sys
 import tempfile
 from functools import partial
 
@@ -93,7 +91,7 @@ def main():
             save_dir = os.path.join(folder, f"original{i}")
             original.append(common.clock(partial(line_by_line, dump, save_dir)))
             os.sync()
-            with contextlib.redirect_stdout(sys.stderr):
+            with common.quiet():
                 ours.append(common.clock(partial(prepare_data.main, flags(dump, f"ours{i}"))))
         seconds = min(ours)
         absolute = f"{numbers / seconds / 1e6:.1f}, {numbers / min(original) / 1e6:.1f} M numbers/s"
