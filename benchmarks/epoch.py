@@ -18,7 +18,7 @@ def build_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--utterances", type=int, default=192, help="of the corpus, of 100 to 400 frames")
+    add("--utterances", type=int, default=128, help="of the corpus, of 100 to 400 frames")
     add("--rounds", type=int, default=3, help="epochs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add("--work_dir", metavar="DIR", help="for the corpus (default: the system's temporary folder)")
@@ -80,7 +80,7 @@ def main():
     common.start(device)
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
-        sizes = {"valid": 32, "corpus": args.utterances, "small": 320, "large": 3200}
+        sizes = {"valid": 32, "corpus": args.utterances, "small": 160, "large": 1600}
         for name, size in sizes.items():
             lengths = random.integers(100, 400, size)
             common.make_folder(os.path.join(folder, name), lengths, max_seq_len=400)
