@@ -1,10 +1,11 @@
-# make demo: the whole way on the samples.   make test: lint and tests.
+# make demo: the whole way on the samples.     make test: lint and tests.
+# make bench: speed, in under ten minutes.     make evidence: what the features are good for.
 # Each needs Python 3.10 or newer and nothing else: it makes .venv and installs what is missing.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test bench evidence clean
 
 demo: .venv/runtime
 	rm -rf demo
@@ -25,6 +26,13 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q -n 2
+
+bench: .venv/runtime
+	for stage in train_step epoch prepare_dump prepare_audio extract open_folder; do \
+		$(BIN)/python benchmarks/$$stage.py || exit 1; done
+
+evidence: .venv/runtime
+	$(BIN)/python benchmarks/evidence.py
 
 clean:
 	rm -rf .venv demo
