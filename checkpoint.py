@@ -196,8 +196,8 @@ def check_weights(t):
     """UserError if a weight is not finite: a checkpoint of NaNs is of no use to anyone."""
     if not torch.stack([p.isfinite().all() for p in t.model.parameters()]).all():
         raise UserError(
-            f"step {t.state['step']}: the weights are no longer finite, and are not saved: lower "
-            "--learning_rate and go on from the last checkpoint"
+            f"step {t.state['step']}: the weights are no longer finite, and are not saved: start "
+            f"again, with --init_checkpoint {t.path}/last.ckpt and a lower --learning_rate"
         )
 
 

@@ -16,6 +16,7 @@ import os
 from utils import (
     UserError,
     add_residual_flags,
+    loader_context,
     not_negative,
     positive,
     run,
@@ -324,6 +325,7 @@ def main(argv=None):
         batch_sampler=BatchSampler(num_frames[todo], batch_size, shuffle=False),
         collate_fn=collate,
         num_workers=args.load_data_workers,
+        multiprocessing_context=loader_context(args.load_data_workers, world_size),
         pin_memory=device.type == "cuda",
     )
     dtype = getattr(torch, args.dtype)

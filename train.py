@@ -26,6 +26,7 @@ from utils import (
     RNNConfig,
     UserError,
     __version__,
+    loader_context,
     not_negative,
     positive,
     run,
@@ -228,6 +229,7 @@ def build_loader(t, dataset, num_frames, shuffle):
         collate_fn=collate,
         num_workers=t.args.load_data_workers,
         persistent_workers=t.args.load_data_workers > 0,
+        multiprocessing_context=loader_context(t.args.load_data_workers, t.world_size),
         pin_memory=t.device.type == "cuda",
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # or the loader would draw from dropout's numbers
@@ -342,8 +344,9 @@ def log_steps(t):
         t.log.write({"epoch": state["epoch"] + 1, "step": index}, index, figures)
         if state["skipped_in_a_row"] >= MAX_SKIPPED:
             raise UserError(
-                f"step {index}: {MAX_SKIPPED} steps in a row had no finite loss or gradient; the "
-                "weights before them are in last.ckpt: lower --learning_rate, or look at the data"
+                f"step {index}: {MAX_SKIPPED} steps in a row had no finite loss or gradient: look "
+                f"at the data, or start again with --init_checkpoint {t.path}/last.ckpt and a lower "
+                "--learning_rate"
             )
     return f"loss {loss:.4f}, {speed:.0f} frames/s"
 
@@ -364,7 +367,7 @@ def train_epoch(t, loader):
         disable=t.rank > 0,
     ) as bar:
         for inputs, lengths in loader:
-            if state["step"] == t.args.max_steps:
+            if state["step"] >= (t.args.max_steps or math.inf):
                 break
             utterances, frames = share_counts(t, lengths)
             figures = train_step(t, inputs, lengths, utterances, frames)
@@ -468,8 +471,9 @@ def find_run(args, path):
 
 
 def is_to_go_on(t):
-    """Whether epochs and steps are left."""
-    return t.state["epoch"] < t.args.epochs and t.state["step"] < (t.args.max_steps or math.inf)
+    """Whether epochs and steps are left, or the end of an epoch is."""
+    has_steps = t.state["step"] < (t.args.max_steps or math.inf) or t.state["batch"] > 0
+    return t.state["epoch"] < t.args.epochs and has_steps
 
 
 def train(args, rank, world_size, device, signals):
@@ -565,9 +569,11 @@ def train(args, rank, world_size, device, signals):
     loader = build_loader(t, train_set, num_frames, shuffle=True)
     valid_loader = build_loader(t, valid_set, frame_counts(valid_set), shuffle=False)
     try:
-        while is_to_go_on(t):
+        while t.state["epoch"] < args.epochs:
             train_epoch(t, loader)
             end_epoch(t, loader, valid_loader)
+            if t.state["step"] >= (args.max_steps or math.inf):
+                break
         logging.info(f"done: {t.state['epoch']} epochs, {t.state['step']} steps, see {path}")
     except Stopped as stopped:
         log_steps(t)

@@ -118,6 +118,15 @@ def start_processes(device_name):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def loader_context(num_workers, world_size):
+    """How a DataLoader starts its workers: None for its default.
+
+    Not by a fork where processes talk to each other: if the thread that does holds Python's lock
+    just then, the worker waits for it for ever.
+    """
+    return "forkserver" if num_workers and world_size > 1 else None
+
+
 def setup_logging(path=None):
     """Log to the console, and to the end of the file `path` if one is given."""
     handlers = [logging.StreamHandler()]

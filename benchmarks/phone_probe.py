@@ -152,7 +152,7 @@ def stack(features, ids, layer):
 # The classifier -----------------------------------------------------------------------------------
 
 
-def fit(x, y, num_classes, steps, seed, hidden_size=0, learning_rate=0.003, batch_size=512):
+def fit(x, y, num_classes, steps, seed, hidden_size=0, learning_rate=0.01, batch_size=512):
     """Fit a softmax classifier: Adam on the cross-entropy, its rate falling to 0 along a cosine.
 
     Args:
