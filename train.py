@@ -345,8 +345,8 @@ def log_steps(t):
         if state["skipped_in_a_row"] >= MAX_SKIPPED:
             raise UserError(
                 f"step {index}: {MAX_SKIPPED} steps in a row had no finite loss or gradient: look "
-                f"at the data, or start again with --init_checkpoint {t.path}/last.ckpt and a lower "
-                "--learning_rate"
+                f"at the data, or start again with a lower --learning_rate, from --init_checkpoint "
+                f"{t.path}/last.ckpt"
             )
     return f"loss {loss:.4f}, {speed:.0f} frames/s"
 

@@ -124,7 +124,7 @@ def loader_context(num_workers, world_size):
     Not by a fork where processes talk to each other: if the thread that does holds Python's lock
     just then, the worker waits for it for ever.
     """
-    return "forkserver" if num_workers and world_size > 1 else None
+    return "spawn" if num_workers and world_size > 1 else None
 
 
 def setup_logging(path=None):
