@@ -176,7 +176,9 @@ def parse_text(block, first_line, name, end_mark):
     Raises:
         UserError: what stands there is no utterance.
     """
-    lines = block.replace(b"\r\n", b"\n").split(b"\n")
+    if b"\r" in block:
+        block = block.replace(b"\r\n", b"\n")
+    lines = block.split(b"\n")
     start = 0  # of the utterance
     while start < len(lines):
         where = f"{name}:{first_line + start}"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils import UserError, not_negative, positive, run
 
-HOURS_A_MINUTE = 2 / 30  # of speech, for a minute of the budget: measured on two cores
+HOURS_A_MINUTE = 2 / 30  # of speech, for a minute of the budget: by CPU times, on two cores
 
 
 def build_parser():
