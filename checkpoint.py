@@ -69,6 +69,20 @@ def write_json(value, path):
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
+def read_json(path):
+    """A JSON object -> dict, or None where there is no such file. UserError if it is no object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def load(path):
     """torch.load onto the CPU of a file that may hold anything: nothing in it is executed.
 

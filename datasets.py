@@ -1,6 +1,5 @@
 """A prepared folder read back: utterances, batches, and the order in which they come."""
 
-import json
 import logging
 import os
 import pickle
@@ -161,17 +160,7 @@ def read_lengths(path):
 
 def read_prepared(path):
     """prepared.json of the folder `path` -> dict, or None: the original release wrote none."""
-    file_name = os.path.join(path, "prepared.json")
-    try:
-        with open(file_name, encoding="utf-8") as file:
-            prepared = json.load(file)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{file_name}: not JSON: {error}") from None
-    if not isinstance(prepared, dict):
-        raise UserError(f"{file_name}: expected an object that says how the folder was made")
-    return prepared
+    return checkpoint.read_json(os.path.join(path, "prepared.json"))
 
 
 def warn_of_other_data(trained, dataset):

@@ -56,7 +56,6 @@ if __name__ == "__main__":
 
 import contextlib
 import io
-import json
 import logging
 import re
 from functools import partial
@@ -238,12 +237,8 @@ def open_writer(args, residual, ids, rank, world_size):
         "processes": world_size if args.format == "ark" else None,
     }
     path = os.path.join(args.save_dir, "features.json")
-    if args.resume and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            try:
-                before = dict(json.load(file))
-            except (ValueError, TypeError):
-                raise UserError(f"{path}: damaged: choose another --save_dir") from None
+    before = checkpoint.read_json(path) if args.resume else None
+    if before is not None:
         for key, value in about.items():
             if before.get(key) != value:
                 raise UserError(

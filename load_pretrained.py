@@ -11,7 +11,6 @@ the checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt). Nothing in a file is 
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -181,15 +180,9 @@ def load_weights(model, path):
 def read_config(path, found):
     """The config.json beside a model -> dict, or None. UserError if it is another model's."""
     config_path = os.path.join(os.path.dirname(path), "config.json")
-    try:
-        with open(config_path, encoding="utf-8") as file:
-            config = json.load(file)
-    except FileNotFoundError:
+    config = checkpoint.read_json(config_path)
+    if config is None:
         return None
-    except ValueError as error:
-        raise UserError(f"{config_path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path}: expected the flags of a run")
     for flag, value in found.items():
         if config.get(flag, value) != value:
             raise UserError(
