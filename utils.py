@@ -27,6 +27,8 @@ class UserError(ValueError):
 
 def run(main):
     """Call `main()`; end an error that the user can mend with one line on stderr and status 1."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     status = None
     try:
         main()
@@ -34,6 +36,7 @@ def run(main):
         # A data loader's worker hands its error on behind its traceback: the last line is ours.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = lines[-1].removeprefix("utils.UserError: ")
+        message = message.encode("utf-8", "backslashreplace").decode()
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
