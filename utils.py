@@ -48,7 +48,8 @@ def run(main):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status or 0)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def positive(text, least=1):
