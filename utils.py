@@ -1,8 +1,6 @@
 """What every script shares: model configurations, errors, seeds, devices, logging."""
 
 import argparse
-import contextlib
-import ctypes
 import datetime
 import logging
 import os
@@ -105,23 +103,11 @@ def choose_device(name):
     return torch.device(name)
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed: each step asks for the same large buffers anew.
-
-    Given back to the system, they come as fresh pages, whose faults cost a CPU 8 % of a step.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large buffers come from the heap,
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
-
-
 def start_processes(device_name):
     """-> (rank, world_size, device). torchrun tells a process its place in the environment."""
     import torch
     import torch.distributed as dist
 
-    keep_freed_memory()
     device = choose_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
