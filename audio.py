@@ -246,6 +246,13 @@ def fbank(samples: np.ndarray, config: FbankConfig, name: str = "audio") -> np.n
     return frames
 
 
+def read_fbank(path: str | os.PathLike, config: FbankConfig) -> np.ndarray:
+    """A file's log-Mel frames, float32 (T, num_mel_bins): read_audio(), then fbank(); their errors
+    name the file.
+    """
+    return fbank(read_audio(path, config.sample_rate), config, name=path)
+
+
 def _fbank_options(config):
     """Write every field of config into the option group that has it."""
     import kaldi_native_fbank

@@ -115,7 +115,6 @@ class RunLog:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.path = path
         folder = os.path.join(path, f"{name}.tb_log")
         os.makedirs(folder, exist_ok=True)
         events = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"

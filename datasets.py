@@ -113,7 +113,7 @@ class AudioFiles(data.Dataset):
 
     def __getitem__(self, index):
         utt_id, path = self.files[index]
-        frames = audio.fbank(audio.read_audio(path, self.config.sample_rate), self.config, path)
+        frames = audio.read_fbank(path, self.config)
         if self.stats is not None:
             frames = audio.apply_cmvn(frames, self.stats[utt_id])
         return torch.from_numpy(frames), len(frames)

@@ -18,6 +18,7 @@ from utils import (
     add_residual_flags,
     loader_context,
     not_negative,
+    num_cores,
     positive,
     run,
     setup_logging,
@@ -113,12 +114,11 @@ def open_audio(args, data):
             "original's fbank settings and CMVN by speaker"
         )
     files = audio.find_audio(args.audio)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     utt2spk = prepare_data.read_utt2spk(args.utt2spk) if args.utt2spk else None
     num_frames, stats, speakers = {}, {}, {}
     jobs = enumerate(files)
     for _, (utt_id, path, frames, utt_stats) in prepare_data.run_jobs(
-        jobs, partial(measure, config=config), cores
+        jobs, partial(measure, config=config), num_cores()
     ):
         speaker = prepare_data.speaker_of(utt_id, path, cmvn, utt2spk)
         speakers[utt_id] = utt_id if speaker is None else speaker
@@ -132,7 +132,7 @@ def open_audio(args, data):
 
 def measure(job, config):
     """(utterance id, path) -> (both, frames, CMVN statistics). Runs in a worker."""
-    frames = audio.fbank(audio.read_audio(job[1], config.sample_rate), config, name=job[1])
+    frames = audio.read_fbank(job[1], config)
     return *job, len(frames), audio.cmvn_stats(frames)
 
 

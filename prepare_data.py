@@ -13,7 +13,7 @@ import argparse
 import os
 import re
 
-from utils import UserError, __version__, positive, run
+from utils import UserError, __version__, num_cores, positive, run
 
 
 def build_parser():
@@ -50,8 +50,9 @@ def build_parser():
     add("--overwrite", action="store_true", help="replace the finished set that save_dir holds")
     add("--resume", action="store_true", help="go on with an interrupted preparation")
     add("--shard", metavar="K/N", type=shard, help="do the Kth of N parts; the last one joins them")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--num_workers", type=positive, default=cores, help="processes that compute and write")
+    add(
+        "--num_workers", type=positive, default=num_cores(), help="processes that compute and write"
+    )
     return parser
 
 
@@ -159,7 +160,7 @@ def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
             mel_dim = raw["frames"].shape[1]
             return [Done(utt_id, raw["num_frames"], mel_dim, path, raw["stats"].numpy())], []
     try:
-        frames = audio.fbank(audio.read_audio(path, config.sample_rate), config, name=path)
+        frames = audio.read_fbank(path, config)
     except (UserError, OSError) as error:
         if not skip_bad:
             raise

@@ -62,6 +62,11 @@ def not_negative(text):
     return positive(text, least=0)
 
 
+def num_cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def add_residual_flags(parser):
     """--residual and --no_residual, for models that do not tell by themselves."""
     group = parser.add_mutually_exclusive_group()

@@ -15,6 +15,7 @@ from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from utils import num_cores
 
 
 def start(device="cpu", precision="float32"):
@@ -52,10 +53,6 @@ def quiet():
         contextlib.redirect_stderr(null),
     ):
         yield
-
-
-def num_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def synchronize(device):
