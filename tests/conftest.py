@@ -8,12 +8,19 @@ import pickle
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+# tqdm shares its lock with forks. A test that kills a fork may kill it while it holds the lock, and
+# the next bar here would wait for it for ever: this lock is a process' own.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that a fork could catch holding it
+
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
