@@ -20,11 +20,11 @@ import os
 import re
 import struct
 import sys
-import warnings
 import zlib
 from typing import NamedTuple
 
 import numpy as np
+import simdjson
 
 from utils import UserError
 
@@ -71,6 +71,11 @@ class _Rejoined(io.RawIOBase):
 
 def look_ahead(stream, size):
     """-> (the first bytes of a stream, the stream with them), however slowly a pipe gives them."""
+    if isinstance(stream, io.BufferedReader) and stream.seekable():  # faster than to rejoin
+        start = stream.tell()
+        head = stream.read(size)
+        stream.seek(start)
+        return head, stream
     head = stream.read(size)
     return head, io.BufferedReader(_Rejoined(head, stream))
 
@@ -219,16 +224,8 @@ def parse_text(block, first_line, name, end_mark):
 
 def _parse_frames(lines, utt_id, name, first_line, end_mark, has_end):
     """The lines of an utterance's frames -> float32 (T, D)."""
-    frames = None
-    if lines and has_end:
-        try:
-            # loadtxt's parser gives float()'s values, at several times its speed.
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of lines without numbers
-                frames = np.loadtxt(lines, np.float64, comments=None, ndmin=2, encoding="latin1")
-        except (ValueError, UserWarning):
-            frames = None
-    if frames is None or len(frames) != len(lines) or (end_mark == "." and frames.shape[1] < 2):
+    frames = _parse_fast(lines) if has_end else None
+    if frames is None or (end_mark == "." and frames.shape[1] < 2):
         frames = _parse_slowly(lines, utt_id, name, first_line, end_mark, has_end)
     frames, bad = to_float32(frames)
     if bad is not None:
@@ -238,6 +235,27 @@ def _parse_frames(lines, utt_id, name, first_line, end_mark, has_end):
             f"found {_quote(lines[row].split()[column])}"
         )
     return frames
+
+
+def _parse_fast(lines):
+    """Lines of decimals with single spaces between them -> float64 (T, D); None if they are not.
+
+    It gives float()'s values at ten times its speed: with commas, the numbers are a JSON array.
+    """
+    lines = [line.strip() for line in lines]
+    spaces = {line.count(b" ") for line in lines}
+    text = b"[" + b",".join(lines).replace(b" ", b",") + b"]"
+    if len(spaces) != 1 or b"[" in text[1:]:  # other lines, or an array within
+        return None
+    try:
+        frames = np.frombuffer(simdjson.Parser().parse(text).as_buffer(of_type="d"))
+    except (ValueError, TypeError, RuntimeError):  # no JSON, no numbers, an integer too large
+        return None
+    if frames.size != len(lines) * (spaces.pop() + 1):
+        return None
+    if not frames.all() and (b"-0," in text or b"-0]" in text):  # an integer, which has no sign
+        return None
+    return frames.reshape(len(lines), -1)
 
 
 def to_float32(frames):

@@ -187,6 +187,16 @@ def test_every_spelling_of_a_number_is_pythons_float_to_the_bit(tmp_path, prepar
     assert np.array_equal(got, want)
 
 
+def test_integers_are_pythons_floats_to_the_bit(tmp_path, prepare):
+    """Also where nothing else in the utterance is out of the ordinary: zeros keep their sign."""
+    rows = [["-0", "7"], ["0", "-0"], ["-12", "9007199254740993"], ["18446744073709551615", "-0"]]
+    source = write(tmp_path / "whole.txt", dump_text({"whole": rows}))
+    status, stderr = prepare(source, tmp_path / "out", max_seq_len=len(rows))
+    assert status == 0, stderr
+    tensor = torch.load(tmp_path / "out" / "whole.pt", weights_only=True)
+    assert np.array_equal(tensor.numpy().view(np.uint32), python_values(rows).view(np.uint32))
+
+
 def test_random_decimals_of_every_length(tmp_path, prepare):
     rng = np.random.default_rng(5)
     values = rng.normal(0, 1, 4000) * 10.0 ** rng.integers(-30, 30, 4000)
@@ -307,6 +317,9 @@ BAD_TEXT = {
     "ragged-long": ("utA\n1 2 3\n.\nutB\n1 2 3\n1 2 3 4\n.\n", [6], "utB"),
     "ragged-past-max_seq_len": ("utA\n" + "1 2\n" * 25 + "1 2 3\n.\n", [27], "utA"),
     "width-changes": ("utA\n1 2 3\n.\nutB\n1 2\n1 2\n.\n", [4, 5], "utB"),
+    "ragged-balanced": ("utA\n1 2 3\n1 2\n1 2 3 4\n.\n", [3], "utA"),
+    "brackets": ("utA\n1 2\n[3 4]\n.\n", [3], "utA"),
+    "commas": ("utA\n1,2\n3,4\n.\n", [2], "utA"),
     "word": ("utA\n1 2\n1 abc\n.\n", [3], "utA"),
     "two-points": ("utA\n1 1.2.3\n.\n", [2], "utA"),
     "comma": ("utA\n1 1,5\n.\n", [2], "utA"),
