@@ -10,6 +10,7 @@ prepares Kaldi's files needs neither.
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import struct
@@ -253,6 +254,7 @@ def read_fbank(path: str | os.PathLike, config: FbankConfig) -> np.ndarray:
     return fbank(read_audio(path, config.sample_rate), config, name=path)
 
 
+@functools.cache
 def _fbank_options(config):
     """Write every field of config into the option group that has it."""
     import kaldi_native_fbank

@@ -71,6 +71,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import io
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -137,13 +138,22 @@ def is_there(path, tensor):
 def save_raw(utt_id, frames, where, save_dir, max_seq_len):
     """Keep what normalising an utterance will need, <utt_id>.raw -> Done."""
     stats = audio.cmvn_stats(frames)
-    raw = {
-        "frames": torch.from_numpy(frames[:max_seq_len].copy()),
-        "stats": torch.from_numpy(stats),
-        "num_frames": len(frames),
-    }
-    checkpoint.save(raw, os.path.join(save_dir, f"{utt_id}.raw"), sync=False)
+    buffer = io.BytesIO()  # given a file, numpy overlooks that a disk is full
+    np.save(buffer, stats)
+    np.save(buffer, frames[:max_seq_len])
+    with checkpoint.atomic_write(os.path.join(save_dir, f"{utt_id}.raw"), sync=False) as file:
+        file.write(buffer.getbuffer())
     return Done(utt_id, *frames.shape, where, stats)
+
+
+def read_raw(utt_id, save_dir):
+    """What save_raw kept -> (statistics over all frames, the first max_seq_len frames)."""
+    path = os.path.join(save_dir, f"{utt_id}.raw")
+    with open(path, "rb") as file:
+        try:
+            return np.load(file), np.load(file)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path}: damaged: {error}") from None
 
 
 def save_raw_of_kaldi(job, save_dir, max_seq_len):
@@ -156,9 +166,8 @@ def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
     if resume:
         # Files that a crash of the machine left empty are made again.
         with contextlib.suppress(FileNotFoundError, UserError):
-            raw = checkpoint.load(os.path.join(save_dir, f"{utt_id}.raw"))
-            mel_dim = raw["frames"].shape[1]
-            return [Done(utt_id, raw["num_frames"], mel_dim, path, raw["stats"].numpy())], []
+            stats, frames = read_raw(utt_id, save_dir)
+            return [Done(utt_id, int(stats[0, -1]), frames.shape[1], path, stats)], []
     try:
         frames = audio.read_fbank(path, config)
     except (UserError, OSError) as error:
@@ -171,15 +180,20 @@ def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
 def normalise(job, save_dir, max_seq_len):
     """[(utterance id, statistics, or None for its own, or False for no CMVN)]: .raw -> .pt."""
     for utt_id, stats in job:
-        raw_path = os.path.join(save_dir, f"{utt_id}.raw")
         path = os.path.join(save_dir, f"{utt_id}.pt")
-        if not os.path.exists(raw_path):  # done before an interruption, or lost
-            checkpoint.load(path)
-            continue
-        raw = checkpoint.load(raw_path)
-        frames = raw["frames"].numpy()
+        try:
+            try:
+                own_stats, frames = read_raw(utt_id, save_dir)
+            except FileNotFoundError:  # done before an interruption, or lost
+                checkpoint.load(path)
+                continue
+        except (UserError, FileNotFoundError):
+            # The machine has crashed. Without the statistics, --resume does the first pass again.
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(save_dir, STATS))
+            raise UserError(f"{path}: was lost or damaged: run again with --resume") from None
         if stats is not False:
-            frames = audio.apply_cmvn(frames, raw["stats"].numpy() if stats is None else stats)
+            frames = audio.apply_cmvn(frames, own_stats if stats is None else stats)
         checkpoint.save(pad(frames, max_seq_len), path, sync=False)
     return [utt_id for utt_id, _ in job]
 
@@ -512,7 +526,6 @@ def prepare(args):
         if not saved["num_frames"] and not args.shard:
             raise UserError(f"{prepared['path']}: no utterance is left: {saved['skipped'][0]}")
     if kind == "audio" or args.cmvn != "none":
-        sync()  # the statistics must not outlive what they were made of
         checkpoint.save(saved, stats_path)
         with tqdm(total=len(saved["num_frames"]), desc="CMVN", unit="utt") as bar:
             second_pass(saved, args, bar)
