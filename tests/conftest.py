@@ -12,8 +12,11 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tqdm import tqdm
+
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 # tqdm shares its lock with forks. A test that kills a fork may kill it while it holds the lock, and
@@ -47,6 +50,24 @@ def make_folder(path, lengths, mel_dim=80, max_seq_len=None, seed=0, prefix="utt
     with open(path / "lengths.pkl", "wb") as file:
         pickle.dump(table, file, protocol=4)
     return tensors, table
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Run a script's main in this process as the script would: like subprocess.run's result."""
+
+    def call(module, *argv):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        capsys.readouterr()
+        status = 0
+        try:
+            utils.run(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status or 0, stdout=out, stderr=err)
+
+    return call
 
 
 def run_script(name, *args, timeout=120, env=None, **kw):

@@ -2,14 +2,12 @@
 
 import os
 import re
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_folder, run_script
+from conftest import make_folder, run_script
 
 import extract_features
-import utils
 from apc_model import APCModel
 from utils import PrenetConfig, RNNConfig
 
@@ -46,21 +44,14 @@ def build(path, prenet_layers=0, residual=True, rnn_type="gru", layers=3):
 
 
 @pytest.fixture
-def extract(monkeypatch, capsys):
+def extract(call_main):
     """Run extract_features.py's main as the script would: (status, stderr)."""
 
     def call(checkpoint, data_dir, save_dir, *options, device="cpu"):
         argv = ["--checkpoint", checkpoint, "--data_dir", data_dir, "--save_dir", save_dir]
         argv += ["--device", device, *options]
-        script = str(ROOT / "extract_features.py")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-        capsys.readouterr()
-        status, last = 0, ""
-        try:
-            utils.run(extract_features.main)
-        except SystemExit as stop:
-            status, last = (1, stop.code + "\n") if isinstance(stop.code, str) else (stop.code, "")
-        return status or 0, capsys.readouterr().err + last
+        done = call_main(extract_features, *argv)
+        return done.returncode, done.stderr
 
     return call
 

@@ -24,7 +24,6 @@ from conftest import ONE_THREAD, ROOT, make_folder
 
 import extract_features
 import prepare_data
-import utils
 from apc_model import APCModel
 from utils import PrenetConfig, RNNConfig
 
@@ -47,21 +46,14 @@ def flags(checkpoint, source, save_dir, *options, batch_size=1):
 
 
 @pytest.fixture
-def extract(monkeypatch, capsys):
+def extract(monkeypatch, call_main):
     """Run main as the script would, in this process: (status, stderr)."""
     # One process reads the audio: many would only be slow to start.
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
 
     def call(*args, **kw):
-        argv = [str(ROOT / "extract_features.py"), *map(str, flags(*args, **kw))]
-        monkeypatch.setattr(sys, "argv", argv)
-        capsys.readouterr()
-        status, last = 0, ""
-        try:
-            utils.run(extract_features.main)
-        except SystemExit as stop:
-            status, last = (1, stop.code + "\n") if isinstance(stop.code, str) else (stop.code, "")
-        return status or 0, capsys.readouterr().err + last
+        done = call_main(extract_features, *flags(*args, **kw))
+        return done.returncode, done.stderr
 
     return call
 

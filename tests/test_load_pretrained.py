@@ -3,15 +3,12 @@
 import json
 import os
 import pickle
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 import load_pretrained as script
-import utils
 from load_pretrained import load_pretrained
 from utils import UserError
 
@@ -82,19 +79,12 @@ def refusal(path, **kw):
 
 
 @pytest.fixture
-def summary(monkeypatch, capsys):
+def summary(call_main):
     """Run load_pretrained.py's main as the script would: (status, stdout, stderr)."""
 
     def call(*argv):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "load_pretrained.py"), *map(str, argv)])
-        capsys.readouterr()
-        status, last = 0, ""
-        try:
-            utils.run(script.main)
-        except SystemExit as stop:
-            status, last = (1, stop.code + "\n") if isinstance(stop.code, str) else (stop.code, "")
-        printed = capsys.readouterr()
-        return status or 0, printed.out, printed.err + last
+        done = call_main(script, *argv)
+        return done.returncode, done.stdout, done.stderr
 
     return call
 

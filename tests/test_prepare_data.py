@@ -21,7 +21,6 @@ import torch
 from conftest import ROOT, run_script
 
 import prepare_data
-import utils
 
 SCRIPT = ROOT / "prepare_data.py"
 
@@ -86,21 +85,14 @@ def assert_holds(folder, utterances, max_seq_len):
 
 
 @pytest.fixture
-def prepare(monkeypatch, capsys):
+def prepare(call_main):
     """Run prepare_data.py's main in this process as the script would: (status, stderr)."""
 
     def call(source, save_dir, *options, max_seq_len=20, num_workers=1):
         argv = ["--librispeech_from_kaldi", source, "--save_dir", save_dir]
         argv += ["--max_seq_len", max_seq_len, "--num_workers", num_workers, *options]
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
-        capsys.readouterr()
-        status, last = 0, ""
-        try:
-            utils.run(prepare_data.main)
-        except SystemExit as stop:
-            # The interpreter prints a text status on stderr and exits 1.
-            status, last = (1, stop.code + "\n") if isinstance(stop.code, str) else (stop.code, "")
-        return status or 0, capsys.readouterr().err + last
+        done = call_main(prepare_data, *argv)
+        return done.returncode, done.stderr
 
     return call
 

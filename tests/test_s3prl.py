@@ -7,18 +7,15 @@ import json
 import math
 import os
 import pickle
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import extract_features
 import load_pretrained as script
-import utils
 from apc_model import APCModel
 from audio import FbankConfig
 from load_pretrained import load_pretrained
@@ -169,32 +166,19 @@ def refusal(path, **kw):
     return message
 
 
-def call(main, name, monkeypatch, capsys, *argv):
-    """A script's main, as the script would run it: (status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(ROOT / name), *map(str, argv)])
-    capsys.readouterr()
-    status, last = 0, ""
-    try:
-        utils.run(main)
-    except SystemExit as stop:
-        status, last = (1, stop.code + "\n") if isinstance(stop.code, str) else (stop.code, "")
-    printed = capsys.readouterr()
-    return status or 0, printed.out, printed.err + last
-
-
 @pytest.fixture
-def convert(monkeypatch, capsys):
+def convert(call_main):
     """load_pretrained.py -> (status, stderr)."""
 
     def run(*argv):
-        status, _, err = call(script.main, "load_pretrained.py", monkeypatch, capsys, *argv)
-        return status, err
+        done = call_main(script, *argv)
+        return done.returncode, done.stderr
 
     return run
 
 
 @pytest.fixture
-def extract(monkeypatch, capsys):
+def extract(monkeypatch, call_main):
     """extract_features.py --audio -> (features, stderr) of the only file."""
     pytest.importorskip("kaldi_native_fbank")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
@@ -202,11 +186,9 @@ def extract(monkeypatch, capsys):
     def run(checkpoint, wav, save_dir, *options):
         argv = ["--checkpoint", checkpoint, "--audio", wav, "--save_dir", save_dir]
         argv += ["--device", "cpu", "--load_data_workers", 0, *options]
-        status, _, err = call(
-            extract_features.main, "extract_features.py", monkeypatch, capsys, *argv
-        )
-        assert status == 0, err
-        return torch.load(save_dir / f"{wav.stem}.pt", weights_only=True), err
+        done = call_main(extract_features, *argv)
+        assert done.returncode == 0, done.stderr
+        return torch.load(save_dir / f"{wav.stem}.pt", weights_only=True), done.stderr
 
     return run
 
@@ -292,14 +274,12 @@ def test_minimal_file(tmp_path):
     assert_same_outputs(load_pretrained(tmp_path / "apc.ckpt"), theirs)
 
 
-def test_summary_of_such_a_file(tmp_path, monkeypatch, capsys):
+def test_summary_of_such_a_file(tmp_path, call_main):
     save(tmp_path / "apc.ckpt")
-    status, out, err = call(
-        script.main, "load_pretrained.py", monkeypatch, capsys, tmp_path / "apc.ckpt"
-    )
-    assert status == 0 and err == ""
+    done = call_main(script, tmp_path / "apc.ckpt")
+    assert done.returncode == 0 and done.stderr == ""
     for word in ("GRU", str(HIDDEN), str(MEL), "yes"):
-        assert word in out
+        assert word in done.stdout
 
 
 # From audio ---------------------------------------------------------------------------------------

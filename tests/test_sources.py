@@ -43,24 +43,16 @@ MAX_SEQ_LEN = 20
 
 
 @pytest.fixture
-def prepare(monkeypatch, capsys):
-    """Run prepare_data.py in this process as the script would: (status, out, err)."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT])
+def prepare(monkeypatch, call_main):
+    """Run prepare_data.py in this process as the script would."""
     # What they are for, a crash of the machine, cannot be tested here; they wait for every disk.
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
     def call(source, save_dir, *options, max_seq_len=MAX_SEQ_LEN, num_workers=1):
         argv = arguments(source, save_dir, *options, max_seq_len=max_seq_len)
-        capsys.readouterr()
-        status, last = 0, ""
-        try:
-            utils.run(lambda: prepare_data.main([*argv, "--num_workers", str(num_workers)]))
-        except SystemExit as stop:
-            # The interpreter prints a text status on stderr and exits 1.
-            status, last = (1, stop.code + "\n") if isinstance(stop.code, str) else (stop.code, "")
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status or 0, out=out, err=err + last)
+        done = call_main(prepare_data, *argv, "--num_workers", num_workers)
+        return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
     return call
 
@@ -1477,7 +1469,7 @@ KALDI_KIND = AUDIO_KIND | {"source": "kaldi", "fbank": None, "cmvn": "none"}
 
 
 @pytest.fixture
-def extract(tmp_path, monkeypatch, capsys):
+def extract(tmp_path, call_main):
     """Run extract_features.py on a folder of one kind, with a model trained on another: stderr."""
 
     def call(config, prepared):
@@ -1494,11 +1486,10 @@ def extract(tmp_path, monkeypatch, capsys):
         argv = ["--checkpoint", run / "m__epoch_1.model", "--data_dir", tmp_path / "data"]
         argv += ["--save_dir", tmp_path / "out", "--device", "cpu", "--load_data_workers", 0]
         argv += ["--no_residual"]
-        monkeypatch.setattr(sys, "argv", ["extract_features.py", *map(str, argv)])
-        capsys.readouterr()
-        utils.run(extract_features.main)
+        done = call_main(extract_features, *argv)
+        assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / "out").glob("*.pt"))) == 2
-        return capsys.readouterr().err
+        return done.stderr
 
     return call
 
