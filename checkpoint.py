@@ -11,6 +11,7 @@ import re
 import socket
 import time
 import warnings
+import zipfile
 
 import torch
 
@@ -83,8 +84,12 @@ def read_json(path):
     return value
 
 
-def load(path):
+def load(path, verify=False):
     """torch.load onto the CPU of a file that may hold anything: nothing in it is executed.
+
+    Args:
+        path: the file.
+        verify: compare the tensors with their checksums, which torch.load does not.
 
     Raises:
         UserError: it is no checkpoint, is damaged, or holds more than plain data and tensors.
@@ -94,6 +99,9 @@ def load(path):
     with open(path, "rb") as file, plain, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old formats
         try:
+            if verify and zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError("checksum")
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises almost anything
             code = re.search(r"GLOBAL (\S+)", str(error))
@@ -182,11 +190,14 @@ def rewind_logs(path, step, epoch):
             for line in old:
                 if not line.endswith(b"\n"):
                     break  # the run was killed while it wrote this
-                entry = json.loads(line)
-                # An epoch's line has a validation loss, and says how many epochs were done by then.
-                is_epoch = "validation_loss" in entry
-                if entry["epoch"] <= epoch if is_epoch else entry["step"] < step:
-                    new.write(line)
+                try:
+                    entry = json.loads(line)
+                    # An epoch's line has a validation loss, and says how many were done by then.
+                    is_epoch = "validation_loss" in entry
+                    if entry["epoch"] <= epoch if is_epoch else entry["step"] < step:
+                        new.write(line)
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{metrics}: not a line of this log: {line[:40]!r}") from None
 
     for name in glob.glob(os.path.join(tb_log, "*tfevents*")):
         kept = []
@@ -205,20 +216,22 @@ def model_file(t, number):
     return os.path.join(t.path, f"{t.args.experiment_name}__epoch_{number}.model")
 
 
-def check_weights(t):
+def check_weights(model, where, advice=""):
     """UserError if a weight is not finite: a checkpoint of NaNs is of no use to anyone."""
-    if not torch.stack([p.isfinite().all() for p in t.model.parameters()]).all():
-        raise UserError(
-            f"step {t.state['step']}: the weights are no longer finite, and are not saved: start "
-            f"again, with --init_checkpoint {t.path}/last.ckpt and a lower --learning_rate"
-        )
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise UserError(f"{where}: the weights are not finite{advice}")
+
+
+def check_run(t):
+    advice = ", and are not saved: start again with a lower --learning_rate, from --init_checkpoint"
+    check_weights(t.model, f"step {t.state['step']}", f"{advice} {t.path}/last.ckpt")
 
 
 def save_epoch(t, number):
     """The epoch's model, as a bare state dict; with --keep_epochs, older ones go."""
     if t.rank > 0:
         return
-    check_weights(t)
+    check_run(t)
     save(t.model.state_dict(), model_file(t, number))
     if t.args.keep_epochs:
         for old in range(number - t.args.keep_epochs + 1):
@@ -230,7 +243,7 @@ def save_checkpoint(t):
     """last.ckpt: all that --resume needs, and more than load_pretrained.py does."""
     if t.rank > 0:
         return
-    check_weights(t)
+    check_run(t)
     saved = {
         "model": t.model.state_dict(),
         "optimizer": t.optimizer.state_dict(),
@@ -245,7 +258,7 @@ def save_checkpoint(t):
 def restore(t):
     """Go back to where last.ckpt was written; UserError if it is of another run."""
     path = os.path.join(t.path, "last.ckpt")
-    saved = load(path)
+    saved = load(path, verify=True)
     parts = {"model", "optimizer", "scaler", "state", "flags"}
     if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in parts):
         raise UserError(f"{path}: expected what train.py saves, with {', '.join(sorted(parts))}")
@@ -261,10 +274,14 @@ def restore(t):
             f"frames, checksum of names and lengths), and now are {t.state['data_size']}"
         )
     try:
+        for key, value in t.state.items():
+            if type(saved["state"][key]) not in (type(value), int):
+                raise TypeError(f"{key} is {saved['state'][key]!r}")
         t.model.load_state_dict(saved["model"])
         t.optimizer.load_state_dict(saved["optimizer"])
         t.scaler.load_state_dict(saved["scaler"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: does not fit this run: {why}") from None
     t.state.update(saved["state"])
+    t.args.init_checkpoint = saved["flags"].get("init_checkpoint")  # for config.json

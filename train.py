@@ -16,10 +16,12 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
 import zlib
+from multiprocessing import resource_tracker
 
 from utils import (
     PrenetConfig,
@@ -114,8 +116,12 @@ def parse_args(argv=None):
     for flag in ("learning_rate", "clip_thresh"):
         if not 0 < getattr(args, flag) < math.inf:
             parser.error(f"--{flag} {getattr(args, flag)}: expected a number above 0")
-    if os.path.basename(args.experiment_name) != args.experiment_name or not args.experiment_name:
-        parser.error(f"--experiment_name {args.experiment_name!r}: expected a name without '/'")
+    taken = ("", ".", "..", "last.ckpt", "config.json", "metrics.jsonl")  # the log has this name
+    name = args.experiment_name
+    if os.path.basename(name) != name or name in taken or not name.isprintable():
+        parser.error(f"--experiment_name {name!r}: expected a name without '/', and not of {taken}")
+    if args.seed >= 2**64:
+        parser.error(f"--seed {args.seed}: expected less than 2**64")
     return args
 
 
@@ -147,7 +153,8 @@ def model_configs(args):
 
 
 def build_optimizer(args, parameters):
-    # A fused optimizer can be told on the device, without waiting for it, to skip a step.
+    # A fused optimizer can be told on the device, without waiting for it, to skip a step. Adadelta
+    # and RMSprop have no such kind.
     if args.optimizer == "adam":
         return optim.Adam(parameters, lr=args.learning_rate, fused=True)
     if args.optimizer == "sgd":
@@ -155,7 +162,7 @@ def build_optimizer(args, parameters):
     if args.optimizer == "adadelta":
         return optim.Adadelta(parameters)
     if args.optimizer == "adagrad":
-        return optim.Adagrad(parameters, lr=args.learning_rate)
+        return optim.Adagrad(parameters, lr=args.learning_rate, fused=args.device != "mps")
     return optim.RMSprop(parameters, lr=args.learning_rate)
 
 
@@ -166,10 +173,6 @@ def open_split(args, split):
         raise UserError(
             f"{dataset.path}: its frames have {dataset.mel_dim} numbers, but --feature_dim is "
             f"{args.feature_dim}"
-        )
-    if args.time_shift >= dataset.seq_len:
-        raise UserError(
-            f"--time_shift {args.time_shift}: {dataset.path} has max_seq_len {dataset.seq_len}"
         )
     return dataset
 
@@ -207,12 +210,6 @@ def all_reduce(values):
     return values
 
 
-def ignore_signals(worker_id):
-    """A data loader's workers leave signals, which reach the whole group, to the main process."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def build_loader(t, dataset, num_frames, shuffle):
     sampler = BatchSampler(
         num_frames,
@@ -231,9 +228,23 @@ def build_loader(t, dataset, num_frames, shuffle):
         persistent_workers=t.args.load_data_workers > 0,
         multiprocessing_context=loader_context(t.args.load_data_workers, t.world_size),
         pin_memory=t.device.type == "cuda",
-        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # or the loader would draw from dropout's numbers
     )
+
+
+def batches(loader):
+    """iter(loader), whose workers leave signals, which reach the whole group, to this process.
+
+    They inherit what is blocked while they start, and so does Python's tracker of their resources.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        if loader.multiprocessing_context is not None:
+            resource_tracker.ensure_running()  # which unblocks some of them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # One epoch ----------------------------------------------------------------------------------------
@@ -257,7 +268,9 @@ def forward_loss(t, net, inputs, lengths, seq_len):
     n = t.args.time_shift
     if not len(lengths):  # fewer utterances than processes: this one's counts for nothing
         inputs, lengths = torch.zeros(1, n + 1, t.args.feature_dim), torch.zeros(1)
-    inputs = inputs[:, : max(int(lengths.max()), n + 1)].to(t.device, non_blocking=True)
+    longest = max(int(lengths.max()), n + 1)
+    # Cut behind the copy, which is asynchronous for the whole of a pinned tensor alone.
+    inputs = inputs.to(t.device, non_blocking=True)[:, :longest]
     lengths = lengths.to(t.device, non_blocking=True)
     kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     kind = kinds[t.args.precision]
@@ -306,7 +319,7 @@ def train_step(t, inputs, lengths, utterances, frames):
     if t.scaler.is_enabled():
         t.scaler.step(t.optimizer)
         t.scaler.update()
-    elif t.args.optimizer in ("adam", "sgd"):
+    elif t.optimizer.defaults.get("fused"):
         t.optimizer.grad_scale, t.optimizer.found_inf = None, skipped.float()
         t.optimizer.step()
     elif not skipped:
@@ -366,7 +379,7 @@ def train_epoch(t, loader):
         mininterval=0.1 if sys.stderr.isatty() else 30,
         disable=t.rank > 0,
     ) as bar:
-        for inputs, lengths in loader:
+        for inputs, lengths in batches(loader):
             if state["step"] >= (t.args.max_steps or math.inf):
                 break
             utterances, frames = share_counts(t, lengths)
@@ -389,7 +402,7 @@ def evaluate(t, loader):
     t.model.eval()
     sums, utterances, frames = [], 0, 0
     with torch.no_grad():
-        for inputs, lengths in loader:
+        for inputs, lengths in batches(loader):
             counts = share_counts(t, lengths)
             sums.append(forward_loss(t, t.model, inputs, lengths, loader.dataset.seq_len))
             utterances, frames = utterances + counts[0], frames + counts[1]
@@ -421,7 +434,7 @@ def end_epoch(t, loader, valid_loader):
     logging.info(
         "Epoch: %d Training Loss: %.5f Validation Loss: %.5f", number, train_loss, valid_loss
     )
-    if state["batch"] == len(loader.batch_sampler):
+    if state["batch"] >= len(loader.batch_sampler):
         if valid_loss < state["best_loss"]:
             state |= {"best_loss": valid_loss, "best_epoch": number}
         checkpoint.save_epoch(t, number)
@@ -458,15 +471,14 @@ def find_run(args, path):
     """-> whether there is a checkpoint to go on from. UserError rather than overwrite a run."""
     if args.resume and os.path.exists(os.path.join(path, "last.ckpt")):
         return True
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if names and not args.resume:
+        raise UserError(
+            f"{path}: this experiment exists: choose another --experiment_name, or --resume it"
+        )
     # A run that was killed before its first checkpoint holds nothing to lose.
-    lost = f"{args.experiment_name}__epoch_1.model"
-    if os.path.isdir(path) and os.listdir(path):
-        if not args.resume:
-            raise UserError(
-                f"{path}: this experiment exists: choose another --experiment_name, or --resume it"
-            )
-        if os.path.exists(os.path.join(path, lost)):
-            raise UserError(f"{path}: holds models, but no last.ckpt to --resume from")
+    if any(re.search(r"__epoch_[1-9]\d*\.model$", name) for name in names):
+        raise UserError(f"{path}: holds models, but no last.ckpt to --resume from")
     return False
 
 
@@ -479,7 +491,7 @@ def is_to_go_on(t):
 def train(args, rank, world_size, device, signals):
     setup_logging()
     if rank > 0:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)  # the first process has warned already
     path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
     resuming = bool(all_reduce(torch.tensor(int(rank == 0 and find_run(args, path)))))
 
@@ -499,6 +511,7 @@ def train(args, rank, world_size, device, signals):
     model = APCModel(args.feature_dim, *model_configs(args))
     if args.init_checkpoint and not resuming:
         load_weights(model, args.init_checkpoint)
+        checkpoint.check_weights(model, args.init_checkpoint)
     model.to(device)
     precision = "tf32" if args.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
@@ -513,7 +526,8 @@ def train(args, rank, world_size, device, signals):
         model=model,
         net=model,
         optimizer=build_optimizer(args, model.parameters()),
-        scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
+        # bf16 needs it too: on CUDA, PyTorch's autocast does RNN layers in fp16 all the same.
+        scaler=torch.amp.GradScaler(device.type, enabled=args.precision != "fp32"),
         seq_len=splits[0].seq_len,
         data=[split.prepared for split in splits],
         state={
@@ -606,7 +620,7 @@ def main(argv=None):
             f"{device} is out of memory: lower --batch_size, or raise --accumulate_steps"
         ) from None
     except (RuntimeError, ConnectionError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, ConnectionError) or "DataLoader worker" in first:
             # At once: the loader's own end would print a traceback after our line.
             print(f"train.py: error: a process that loads data died: {first}", file=sys.stderr)

@@ -119,11 +119,18 @@ def start_processes(device_name):
     if device.type == "mps":
         raise UserError("--device mps: one process at a time; use --device cpu under torchrun")
     backend = "gloo"
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    except (KeyError, ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"WORLD_SIZE is set, but this process cannot join the others ({why}): start it with "
+            "torchrun, a process a GPU, or unset WORLD_SIZE"
+        ) from None
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -89,8 +89,10 @@ def main():
 
     # Next, because later the process keeps free memory that spares the textbook step its faults.
     seconds = {T: [] for T in sorted({400, *args.frames})}
-    limit = 800 if args.full else 400
-    packed = {T: seconds_of(packed_step, T) for T in seconds if T <= limit}
+    packed = {}
+    for T in seconds:
+        if T <= 400 or args.full and T <= 800:
+            packed[T] = seconds_of(packed_step, T)
 
     half = []
     rate, half_rate = 0, 0

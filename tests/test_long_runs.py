@@ -564,9 +564,18 @@ def damage(path, kind):
         shutil.copy(path / "stopped__epoch_1.model", file)
     elif kind == "number":
         torch.save(7, file)
+    elif kind == "flipped bit":  # in the middle of a weight
+        weight = torch.load(file, weights_only=True)["model"]["rnns.0.weight_hh_l0"]
+        at = content.index(weight.numpy().tobytes()) + 401
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif kind == "other state":
+        saved = torch.load(file, weights_only=True)
+        saved["state"]["epoch"] = "x"
+        torch.save(saved, file)
 
 
 DAMAGES = ["truncated", "empty", "garbage", "hostile", "hostile pickle", "weights", "number"]
+DAMAGES += ["flipped bit", "other state"]
 OTHER_FLAGS = [
     ["--rnn_hidden_size", 12],
     ["--batch_size", 5],
@@ -630,6 +639,21 @@ def test_changed_training_data_are_refused(refused, name):
     assert "data" in refusal(refused, name)
 
 
+def test_an_odd_line_of_the_log_is_named(server, place, stopped, tmp_path):
+    flags, path = place("stopped", tmp_path)
+    shutil.copytree(stopped.path, path)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write("garbage\n")
+    assert "metrics.jsonl" in error_of(server.run(*FULL, *flags, "--resume"))
+
+
+def test_one_of_several_processes_without_the_others(server, place):
+    flags, path = place("alone")
+    message = error_of(server.run(*FULL, *flags, env={"WORLD_SIZE": "2"}))
+    assert "WORLD_SIZE" in message and "torchrun" in message
+    assert not path.exists()
+
+
 def test_more_epochs_and_harmless_flags(server, place, whole):
     flags, path = place("longer")
     some = [*FULL, *flags, "--epochs", 2]
@@ -688,6 +712,11 @@ def test_keep_epochs_keeps_the_newest_and_the_best(server, data, tmp_path):
     validation = [loss for _, loss in epoch_losses(path)]
     assert min(validation) == validation[0]
     assert sorted(models(path)) == [f"epoch_{k}.model" for k in (1, 5, 6)]
+    # Without a checkpoint to go on from, the models must not be taken for nothing.
+    (path / "last.ckpt").unlink()
+    before = snapshot(path)
+    assert "last.ckpt" in error_of(server.run(*flags, "--epochs", 7, "--resume"))
+    assert snapshot(path) == before
 
 
 # A full disk --------------------------------------------------------------------------------------

@@ -465,6 +465,7 @@ def attempts(data, plain, tmp_path_factory):
     torch.save({f"module.{k}": v for k, v in fitting.items()}, work / "parallel.pt")
     for name, (shape, _) in OTHER_MODELS.items():
         torch.save(PackedAPC(**shape).state_dict(), work / f"{name}.pt")
+    torch.save({k: v * float("nan") for k, v in fitting.items()}, work / "nan.pt")
     (work / "text.pt").write_text("no checkpoint\n")
     torch.save({"weights": Hostile(work / "marker")}, work / "hostile.pt")
 
@@ -479,6 +480,10 @@ def attempts(data, plain, tmp_path_factory):
         **{f"misfit-{name}": ["--init_checkpoint", work / f"{name}.pt"] for name in OTHER_MODELS},
         "no-prenet": ["--init_checkpoint", work / "fitting.pt", "--prenet_num_layers", 1],
         "no-checkpoint": ["--init_checkpoint", work / "text.pt"],
+        "nan-checkpoint": ["--init_checkpoint", work / "nan.pt"],
+        "seed": ["--seed", 2**64],
+        "name": ["--experiment_name", ".."],
+        "taken-name": ["--experiment_name", "last.ckpt"],
         "missing-checkpoint": ["--init_checkpoint", work / "nowhere.pt"],
         "hostile-checkpoint": ["--init_checkpoint", work / "hostile.pt"],
         "feature-dim": ["--feature_dim", 24],
@@ -544,6 +549,10 @@ def test_weights_that_do_not_fit_are_refused(attempts, name):
     {
         "no-prenet": ("prenet",),
         "no-checkpoint": ("text.pt",),
+        "nan-checkpoint": ("nan.pt", "finite"),
+        "seed": ("--seed",),
+        "name": ("--experiment_name",),
+        "taken-name": ("--experiment_name", "last.ckpt"),
         "missing-checkpoint": ("nowhere.pt",),
         "hostile-checkpoint": ("hostile.pt",),
         "feature-dim": ("24", str(MEL)),
