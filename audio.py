@@ -11,10 +11,11 @@ prepares Kaldi's files needs neither.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shlex
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -71,6 +72,17 @@ class FbankConfig:
     raw_energy: bool = True
     htk_compat: bool = True
 
+    def __post_init__(self):
+        """Settings may come from a file: ValueError if one is of another kind, or means nothing."""
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), (type(field.default),)
+            if kinds == (float,):
+                kinds = (float, int)
+            if type(value) not in kinds or kinds[0] is float and not math.isfinite(value):
+                raise ValueError(f"{field.name} {value!r}")
+        if min(self.frame_length_ms, self.frame_shift_ms) * self.sample_rate < 1000:
+            raise ValueError("frames or their shift of less than a sample")
+
 
 def find_audio(root: str | os.PathLike, skipped: list[str] | None = None) -> list[tuple[str, str]]:
     """List every .flac and .wav file (endings in any case) below a folder, or one file by itself.
@@ -101,6 +113,8 @@ def find_audio(root: str | os.PathLike, skipped: list[str] | None = None) -> lis
         if ending.lower() not in AUDIO_ENDINGS:
             continue
         try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f"{path}: not a regular file")
             check_utt_id(utt_id, path)
             if utt_id in found:
                 raise UserError(
@@ -170,9 +184,9 @@ def read_audio(path: str | os.PathLike, sample_rate: float) -> np.ndarray:
         raise UserError(f"{path}: cannot be decoded, damaged or truncated: {reason}") from None
     if len(samples) != expected:
         raise UserError(f"{path}: truncated: {len(samples)} of {expected} samples")
+    samples *= FULL_SCALE
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")
-    samples *= FULL_SCALE
     return samples
 
 
@@ -240,6 +254,8 @@ def fbank(samples: np.ndarray, config: FbankConfig, name: str = "audio") -> np.n
         extractor.input_finished()
     except ValueError as error:
         raise UserError(f"fbank options: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"{name}: no log-Mel energies: {' '.join(str(error).split())}") from None
     # There is no call for all frames at once. The rows belong to the extractor: np.array copies.
     frames = np.array([extractor.get_frame(i) for i in range(extractor.num_frames_ready)])
     if not np.isfinite(frames).all():

@@ -67,7 +67,7 @@ def save(value, path, sync=True):
 def write_json(value, path):
     """A JSON file, atomically."""
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+        file.write(json.dumps(value, indent=2, default=repr).encode() + b"\n")
 
 
 def read_json(path):
@@ -77,7 +77,7 @@ def read_json(path):
             value = json.load(file)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -107,6 +107,17 @@ def load(path, verify=False):
             code = re.search(r"GLOBAL (\S+)", str(error))
             why = f"it asks for {code[1]}, which is not plain data" if code else "is it damaged?"
             raise UserError(f"{path}: not a file of plain tensors: {why}") from None
+
+
+def is_plain(value):
+    """Whether a value out of a file is a tensor of floating-point numbers that lie in memory."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.is_contiguous()  # an expanded one may claim more than there is
+    )
 
 
 class RunLog:

@@ -81,7 +81,7 @@ class LibriSpeech(data.Dataset):
         path = os.path.join(self.path, name)
         frames = checkpoint.load(path)
         if not (
-            isinstance(frames, torch.Tensor) and frames.dtype == torch.float32 and frames.dim() == 2
+            checkpoint.is_plain(frames) and frames.dtype == torch.float32 and frames.dim() == 2
         ):
             raise UserError(f"{path}: expected a float32 tensor (frames, mel_dim)")
         return frames

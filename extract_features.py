@@ -114,7 +114,9 @@ def open_audio(args, data):
             "original's fbank settings and CMVN by speaker"
         )
     files = audio.find_audio(args.audio)
-    utt2spk = prepare_data.read_utt2spk(args.utt2spk) if args.utt2spk else None
+    if args.utt2spk and cmvn != "speaker":
+        raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
+    utt2spk = kaldi_io.read_utt2spk(args.utt2spk) if args.utt2spk else None
     num_frames, stats, speakers = {}, {}, {}
     jobs = enumerate(files)
     for _, (utt_id, path, frames, utt_stats) in prepare_data.run_jobs(
@@ -148,7 +150,8 @@ class FileWriter:
         return os.path.join(self.save_dir, f"{utt_id}.{self.ending}")
 
     def has(self, utt_id):
-        return self.resume and os.path.exists(self.path(utt_id))
+        path = self.path(utt_id)  # empty after a crash of the machine
+        return self.resume and os.path.exists(path) and os.path.getsize(path) > 0
 
     def write(self, utt_id, features):
         if self.ending == "pt":
@@ -164,34 +167,38 @@ class FileWriter:
 
 
 class ArkWriter:
-    """Kaldi's <name>.ark and <name>.scp, under these names only when they are complete."""
+    """Kaldi's <name>.ark and <name>.scp, under these names only when they are complete.
 
-    def __init__(self, save_dir, name, resume):
+    It goes on with what an earlier one left there.
+    """
+
+    def __init__(self, save_dir, name):
         self.path = os.path.abspath(os.path.join(save_dir, name))
-        self.finished = resume and os.path.exists(f"{self.path}.scp")
+        self.finished = os.path.exists(f"{self.path}.scp")
         if self.finished:
             with contextlib.suppress(FileNotFoundError):  # close() was cut off
                 os.remove(f"{self.path}.scp.part")
             with open(f"{self.path}.scp", "rb") as file:
                 self.ids = {line.split(b" ")[0].decode() for line in file}
             return
-        interrupted = os.path.exists(f"{self.path}.scp.part")
-        if resume and interrupted and not os.path.exists(f"{self.path}.ark.part"):
-            os.replace(f"{self.path}.ark", f"{self.path}.ark.part")  # close() was cut off
-        self.ark = open(f"{self.path}.ark.part", "ab+" if resume else "wb+")  # noqa: SIM115
-        self.scp = open(f"{self.path}.scp.part", "ab+" if resume else "wb+")  # noqa: SIM115
+        if os.path.exists(f"{self.path}.ark"):  # close() was cut off
+            os.replace(f"{self.path}.ark", f"{self.path}.ark.part")
+        self.ark = open(f"{self.path}.ark.part", "ab")  # noqa: SIM115
+        self.scp = open(f"{self.path}.scp.part", "ab+")  # noqa: SIM115
         self.scp.seek(0)
-        lines = self.scp.readlines() if resume else []
-        # A line stands there only when its matrix does; the last of each may be half written.
-        offsets = [int(line.rsplit(b":")[-1]) for line in lines[:-1]]
-        self.ids = [line.split(b" ")[0].decode() for line in lines[:-1]]
-        end = 0
-        if lines[:-1]:
-            self.ark.seek(offsets[-1])
-            end = offsets[-1] + kaldi_io.read_matrix(self.ark, f"{self.path}.ark.part")[1]
+        lines = [line for line in self.scp if line.endswith(b"\n")]
+        # The last line's utterance is made again: where it begins, the ones before it end. After a
+        # crash of the machine the archive may be shorter than that.
+        end, size = 0, self.ark.seek(0, os.SEEK_END)
+        while lines:
+            last = lines.pop()
+            start = int(last.rsplit(b":")[-1]) - len(last.split(b" ")[0]) - 1
+            if start <= size:
+                end = start
+                break
         self.ark.truncate(end)
-        self.scp.truncate(sum(len(line) for line in lines[:-1]))
-        self.ids = set(self.ids)
+        self.scp.truncate(sum(map(len, lines)))
+        self.ids = {line.split(b" ")[0].decode() for line in lines}
 
     def has(self, utt_id):
         return utt_id in self.ids
@@ -201,18 +208,16 @@ class ArkWriter:
             raise UserError(f"{self.path}.ark: is finished, and without {utt_id}: start anew")
         import kaldiio
 
-        self.ark.seek(0, os.SEEK_END)
-        offset = self.ark.tell() + len(utt_id.encode()) + 1  # of the matrix, behind "utt_id "
+        start = self.ark.seek(0, os.SEEK_END)
+        offset = start + len(utt_id.encode()) + 1  # of the matrix, behind "utt_id "
         kaldiio.save_ark(self.ark, {utt_id: features.numpy()})
         self.ark.flush()
-        self.scp.write(f"{utt_id} {self.path}.ark:{offset}\n".encode())
+        self.scp.write(os.fsencode(f"{utt_id} {self.path}.ark:{offset}\n"))
         self.scp.flush()
 
     def close(self):
         if self.finished:
             return
-        with contextlib.suppress(FileNotFoundError):  # an old one would point into the new archive
-            os.remove(f"{self.path}.scp")
         os.fsync(self.ark.fileno())
         self.ark.close()
         os.replace(f"{self.path}.ark.part", f"{self.path}.ark")
@@ -247,7 +252,7 @@ def open_writer(args, residual, ids, rank, world_size):
                 )
     elif rank == 0:
         os.makedirs(args.save_dir, exist_ok=True)
-        ours = (".pt", ".npy", ".ark", ".scp", "features.json")
+        ours = (".pt", ".npy", ".ark", ".scp", ".part", "features.json")
         there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
         if there:
             raise UserError(
@@ -260,9 +265,9 @@ def open_writer(args, residual, ids, rank, world_size):
     if args.format != "ark":
         return FileWriter(args.save_dir, args.format, args.resume)
     for utt_id in ids:
-        if re.search(r"\s", utt_id):
-            raise UserError(f"utterance id {utt_id!r}: an ark's ids are without spaces")
-    return ArkWriter(args.save_dir, f"feats.{rank + 1}" if world_size > 1 else "feats", args.resume)
+        if re.search(r"[\s\ud800-\udfff]", utt_id):
+            raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
+    return ArkWriter(args.save_dir, f"feats.{rank + 1}" if world_size > 1 else "feats")
 
 
 def extract(model, loader, device, choose, dtype):
@@ -283,7 +288,10 @@ def extract(model, loader, device, choose, dtype):
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.utt2spk and args.audio is None:
+        parser.error("--utt2spk is for --audio: a prepared folder is normalised already")
     setup_logging()
     rank, world_size, device = start_processes(args.device)
     model, config = load_with_config(args.checkpoint, device, args.residual)
@@ -293,7 +301,7 @@ def main(argv=None):
         raise UserError(f"--format ark holds matrices, but --layer {args.layer} gives one a layer")
     if args.format == "ark" and args.dtype != "float32":
         raise UserError("--format ark: Kaldi has no float16: leave --dtype float32")
-    if args.audio:
+    if args.audio is not None:
         dataset = open_audio(args, trained)
     else:
         dataset = LibriSpeech(args.data_dir)

@@ -69,6 +69,40 @@ class _Rejoined(io.RawIOBase):
         return len(data)
 
 
+class _XzFile(io.RawIOBase):
+    """The content of an .xz file of any number of streams.
+
+    lzma.LZMAFile would take a damaged second stream for the end of the file, without a word.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = b""
+        while not data:
+            new = b""
+            if self.decompressor.eof:
+                new = self.decompressor.unused_data.lstrip(b"\0")  # streams may be padded
+                while not new:
+                    new = self.stream.read(1 << 16)
+                    if not new:
+                        return 0
+                    new = new.lstrip(b"\0")
+                self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            elif self.decompressor.needs_input:
+                new = self.stream.read(1 << 16)
+                if not new:
+                    raise EOFError("it ends within a stream")
+            data = self.decompressor.decompress(new, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def look_ahead(stream, size):
     """-> (the first bytes of a stream, the stream with them), however slowly a pipe gives them."""
     if isinstance(stream, io.BufferedReader) and stream.seekable():  # faster than to rejoin
@@ -86,10 +120,12 @@ def open_input(path):
     Compression is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
     progress bar), `content` reads what is in them.
     """
+    if path == "-" and sys.stdin is None:
+        raise UserError("standard input is closed")
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
     magic, content = look_ahead(raw, 6)
     if magic == b"\xfd7zXZ\0":
-        return raw, lzma.LZMAFile(content)
+        return raw, io.BufferedReader(_XzFile(content))
     if magic.startswith(b"\x1f\x8b"):
         return raw, gzip.GzipFile(fileobj=content)
     return raw, content
@@ -109,8 +145,8 @@ def read_kaldi(path):
     size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
     with _damage(name):
         head, content = look_ahead(content, 1024)
-    first_line = head.split(b"\n")[0]
-    if path.endswith(".scp"):
+    first_line = head.lstrip().split(b"\n")[0]
+    if path.removesuffix(".gz").removesuffix(".xz").endswith(".scp"):
         kind, blocks = "scp", scp_jobs(content, name)
     elif re.match(rb"\S+ \0B", head):
         kind, blocks = "binary archive", ark_jobs(content, name)
@@ -253,14 +289,14 @@ def _parse_fast(lines):
         return None
     if frames.size != len(lines) * (spaces.pop() + 1):
         return None
-    if not frames.all() and (b"-0," in text or b"-0]" in text):  # an integer, which has no sign
+    if not frames.all() and re.search(rb"-0[,\]\s]", text):  # an integer, which has no sign
         return None
     return frames.reshape(len(lines), -1)
 
 
 def to_float32(frames):
     """A matrix -> (the same in float32, the index of its first NaN or infinity or None)."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         frames = np.ascontiguousarray(frames, dtype=np.float32)
     finite = np.isfinite(frames)
     return frames, None if finite.all() else tuple(np.argwhere(~finite)[0])
@@ -305,7 +341,7 @@ def _is_number(word):
         float(word)
     except ValueError:
         return False
-    return True
+    return b"_" not in word  # 1_000 is Python's alone
 
 
 def _quote(text):
@@ -389,21 +425,21 @@ def scp_jobs(stream, name):
     for number, line in enumerate(stream, start=1):
         size += len(line)
         where = f"{name}:{number}"
-        words = line.decode("utf-8", "replace").split(maxsplit=1)
+        words = line.split(maxsplit=1)
         if not words:
             continue
         utt_id = check_utt_id(words[0], where)
-        target = words[1].strip() if len(words) == 2 else ""
+        target = os.fsdecode(words[1].strip()) if len(words) == 2 else ""
         if target.endswith("|") or target.startswith("|"):
             raise UserError(
                 f"{where}: utterance {utt_id}: is a pipe, which would run a command, and is "
                 "refused: write an archive with copy-feats and read that"
             )
         found = re.fullmatch(r"(.*?[^\]])(?::(\d{1,18}))?", target)
-        if not found:
+        if not found or "\0" in target:
             raise UserError(
                 f"{where}: utterance {utt_id}: expected FILE or FILE:OFFSET, found "
-                f"{_quote(target.encode())}"
+                f"{_quote(os.fsencode(target))}"
             )
         job.append((utt_id, found[1], int(found[2] or 0), where))
         if len(job) == 32:
@@ -424,10 +460,9 @@ def read_scp_lines(lines):
                     file.close()
                 try:
                     file, opened = open(path, "rb"), path  # noqa: SIM115
-                except (OSError, ValueError) as error:  # the latter of a NUL in the name
-                    why = getattr(error, "strerror", error)
+                except OSError as error:
                     raise UserError(
-                        f"{where_all}: {why} (paths are relative to where you are)"
+                        f"{where_all}: {error.strerror} (paths are relative to where you are)"
                     ) from None
             size = os.fstat(file.fileno()).st_size
             if offset >= size:
@@ -438,3 +473,15 @@ def read_scp_lines(lines):
     finally:
         if file:
             file.close()
+
+
+def read_utt2spk(path):
+    """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
+    speakers = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            words = os.fsdecode(line).split()  # utterance ids may be file names that are no text
+            if len(words) != 2:
+                raise UserError(f"{path}:{number}: expected an utterance and a speaker")
+            speakers[words[0]] = words[1]
+    return speakers

@@ -16,6 +16,7 @@ import os
 import re
 
 from utils import (
+    CMVN_KINDS,
     PrenetConfig,
     RNNConfig,
     UserError,
@@ -96,18 +97,21 @@ def load_with_config(path, device="cpu", residual=None):
 
 def read_checkpoint(path):
     """A file -> (state dict with the original's names, its flags or None). Raises UserError."""
-    value, flags = checkpoint.load(path), None
-    is_dict = isinstance(value, dict)
-    if is_dict and "model" in value and "flags" in value:  # last.ckpt
-        data = {"data": value["data"]} if "data" in value else {}
-        value, flags = value["model"], value["flags"] | data
-    elif is_dict and "model" in value and "config" in value:
-        value, flags = from_s3prl(value["model"], value["config"], path)
-    if not isinstance(value, dict) or not all(
-        isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in value.items()
-    ):
+    value, flags, config = checkpoint.load(path, verify=True), None, None
+    if isinstance(value, dict) and "model" in value:
+        if isinstance(value.get("flags"), dict):  # last.ckpt
+            flags = value["flags"] | {key: value[key] for key in ("data",) if key in value}
+        else:
+            config = value.get("config")  # s3prl's
+        value = value["model"]
+    if not isinstance(value, dict):
         raise UserError(f"{path}: expected an APC model's weights, found {type(value).__name__}")
-    return {name.removeprefix("module."): weight for name, weight in value.items()}, flags
+    weights = {}
+    for name, weight in value.items():
+        if not (isinstance(name, str) and checkpoint.is_plain(weight)):
+            raise UserError(f"{path}: {name!r}: expected a weight, a plain tensor of floats")
+        weights[name.removeprefix("module.")] = weight
+    return from_s3prl(weights, config, path) if config is not None else (weights, flags)
 
 
 def infer_configs(weights, path):
@@ -115,6 +119,8 @@ def infer_configs(weights, path):
     try:
         gate_units, hidden_size = weights["rnns.0.weight_hh_l0"].shape
         mel_dim = weights["postnet.layer.weight"].shape[0]
+        if not mel_dim:
+            raise ValueError("frames of no numbers")
         rnn_type = GATES[gate_units / hidden_size]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(
@@ -197,11 +203,17 @@ def training_data(config, name):
     data = config.get("data") or [None]
     try:
         first = data[0]
-        if first is not None and first["source"] == "audio":
-            FbankConfig(**first["fbank"])
-            if first["cmvn"] == "global":
-                np.array(first["cmvn_stats"], np.float64).reshape(2, -1)
-    except (KeyError, TypeError, ValueError) as error:
+        if first is None:
+            return None
+        if first["cmvn"] not in CMVN_KINDS:
+            raise ValueError(f"cmvn {first['cmvn']!r}")
+        if first["source"] == "audio" or first["fbank"] is not None:
+            fbank = FbankConfig(**first["fbank"])
+        if first["source"] == "audio" and first["cmvn"] == "global":
+            stats = np.array(first["cmvn_stats"], np.float64)
+            if stats.shape != (2, fbank.num_mel_bins + 1) or not stats[0, -1] >= 1:
+                raise ValueError("cmvn_stats")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{name}: config.json: its data lacks or mistakes {error}") from None
     return first
 
@@ -255,7 +267,7 @@ def from_s3prl(weights, config, path):
             renamed["postnet.layer.weight"] = renamed["postnet.layer.weight"][:, :, None]
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
             f"{path}: expected s3prl's config of an APC model, but it lacks or mistakes {error}"
         ) from None
@@ -328,7 +340,7 @@ def to_s3prl(model, config):
     paras = {
         "num_layers": len(model.rnns),
         "hidden_size": hidden_size,
-        "dropout": float(config.get("rnn_dropout", 0.0)),
+        "dropout": float(config.get("rnn_dropout") or 0.0),
         "residual": bool(model.rnn_residual),
     }
     return {"model": weights, "config": {"data": {"audio": sound}, "model": {"paras": paras}}}
@@ -365,16 +377,17 @@ def main(argv=None):
     }
     for name, value in rows.items():
         print(f"{name + ':':14}{value}")
-    for out in (args.to_s3prl, args.to_state_dict):
-        if out and os.path.exists(out):
-            raise UserError(f"{out}: exists already: choose another name")
+    outs = [args.to_s3prl] if args.to_s3prl else []
+    if args.to_state_dict:
+        config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
+        outs += [args.to_state_dict, config_path]
+    for out in outs:
+        if os.path.exists(out) or len({os.path.abspath(path) for path in outs}) < len(outs):
+            raise UserError(f"{out}: exists already, or is to be two files: choose another name")
     if args.to_s3prl:
         checkpoint.save(to_s3prl(model, config), args.to_s3prl)
         print(f"written for s3prl: {args.to_s3prl}")
     if args.to_state_dict:
-        config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
-        if os.path.exists(config_path):
-            raise UserError(f"{config_path}: exists already: choose a folder without one")
         checkpoint.save(model.state_dict(), args.to_state_dict)
         checkpoint.write_json(config | {"version": __version__}, config_path)
         print(f"written: {args.to_state_dict} and {config_path}")

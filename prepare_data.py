@@ -13,7 +13,7 @@ import argparse
 import os
 import re
 
-from utils import UserError, __version__, num_cores, positive, run
+from utils import CMVN_KINDS, UserError, __version__, num_cores, positive, run
 
 
 def build_parser():
@@ -32,10 +32,9 @@ def build_parser():
         "--librispeech_from_audio", metavar="DIR", help="folder of .flac and .wav files, any depth"
     )
     add = parser.add_argument_group("features").add_argument
-    kinds = ["speaker", "utterance", "global", "none"]
     add(
         "--cmvn",
-        choices=kinds,
+        choices=CMVN_KINDS,
         help="what to normalise to mean 0 and variance 1 over (default: speaker for audio; none "
         "for Kaldi's features, which the original's authors had normalised)",
     )
@@ -57,11 +56,11 @@ def build_parser():
 
 
 def shard(text):
-    """An argparse type: "K/N" -> (K mod N, N). K counts from 1 to N; 0 is N."""
-    found = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
+    """An argparse type: "K/N" -> (K, N), K from 1 to N."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
     if not found or int(found[1]) > int(found[2]):
         raise argparse.ArgumentTypeError(f"expected K/N, like 1/4 to 4/4, found {text!r}")
-    return int(found[1]) % int(found[2]), int(found[2])
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":
@@ -173,7 +172,7 @@ def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
     except (UserError, OSError) as error:
         if not skip_bad:
             raise
-        return [], [str(error)]
+        return [], [" ".join(str(error).split())]
     return [save_raw(utt_id, frames, path, save_dir, max_seq_len)], []
 
 
@@ -245,10 +244,21 @@ def leftovers(save_dir):
 
 
 def flat(prepared):
-    """prepared.json without what is known only at the end, the fbank's settings one by one."""
-    known = {key: prepared.get(key) for key in ("source", "path", "cmvn", "utt2spk", "max_seq_len")}
+    """The settings in prepared.json, the fbank's one by one."""
+    keys = ("source", "path", "cmvn", "utt2spk", "max_seq_len", "mel_dim")
     fbank = prepared.get("fbank")
-    return known | (fbank if isinstance(fbank, dict) else {"fbank": fbank})
+    fbank = fbank if isinstance(fbank, dict) else {"fbank": fbank}
+    return {key: prepared.get(key) for key in keys} | fbank
+
+
+def check_same(save_dir, before, now):
+    """UserError if a set was begun with other settings; both as flat() gives them."""
+    for key in now:
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"{save_dir}: {key} was {before.get(key)!r} when this set was begun, and is "
+                f"{now[key]!r} now: a set needs the same throughout"
+            )
 
 
 def open_save_dir(args, prepared):
@@ -262,13 +272,8 @@ def open_save_dir(args, prepared):
     before = datasets.read_prepared(save_dir)
     finished = "lengths.pkl" in names
     if args.resume and before is not None:
-        before, now = flat(before), flat(prepared)
-        for key in now:
-            if before.get(key) != now[key]:
-                raise UserError(
-                    f"{save_dir}: {key} was {before.get(key)!r} when this set was begun, and is "
-                    f"{now[key]!r} now: --resume needs the same"
-                )
+        before = flat(before) | {"mel_dim": None}  # known at the end only
+        check_same(save_dir, before, flat(prepared))
         return not finished
     if finished and not args.overwrite:
         raise UserError(
@@ -285,18 +290,6 @@ def open_save_dir(args, prepared):
     for name in {*ours, *leftovers(save_dir), *({"skipped.txt"} & set(names))}:
         os.remove(os.path.join(save_dir, name))
     return True
-
-
-def read_utt2spk(path):
-    """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
-    speakers = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            words = line.decode("utf-8", "replace").split()
-            if len(words) != 2:
-                raise UserError(f"{path}:{number}: expected an utterance and a speaker")
-            speakers[words[0]] = words[1]
-    return speakers
 
 
 def speaker_of(utt_id, where, cmvn, utt2spk):
@@ -340,6 +333,15 @@ def first_pass(jobs, function, bar, args, utt2spk):
         "skipped": skipped,
         "mel_dim": mel_dim,
     }
+
+
+def read_stats(path):
+    """What first_pass found before an interruption; None if it did not end, or to the disk."""
+    try:
+        saved = checkpoint.load(path)
+    except (FileNotFoundError, UserError):
+        return None
+    return saved if isinstance(saved, dict) and "num_frames" in saved else None
 
 
 def second_pass(saved, args, bar):
@@ -388,8 +390,12 @@ def parse_args(argv=None):
         parser.error("--shard and --overwrite exclude each other: remove the old set first")
     if args.shard and (args.cmvn == "global" or (args.cmvn == "speaker" and not from_audio)):
         parser.error("--shard: a shard sees neither the whole corpus nor whole speakers of a dump")
-    if not 0 <= args.dither < float("inf"):
-        parser.error(f"--dither {args.dither}: expected 0 or more")
+    if not 0 <= args.dither < 2**15:
+        parser.error(f"--dither {args.dither}: expected 0 or more, in steps of 16-bit samples")
+    if args.max_seq_len > 10**7:
+        parser.error(f"--max_seq_len {args.max_seq_len}: expected at most 10000000, a day")
+    if args.num_workers > 1024:
+        parser.error(f"--num_workers {args.num_workers}: expected at most 1024")
     return args
 
 
@@ -405,29 +411,40 @@ def main(argv=None):
             return
         raise UserError(f"{whole}: holds a finished set: choose another --save_dir")
     # A shard is a set of its own until all are there.
-    folders = [os.path.join(whole, f"shard-{k}-of-{args.shard[1]}") for k in range(args.shard[1])]
-    args.save_dir = folders[args.shard[0]]
+    number, count = args.shard
+    folders = [os.path.join(whole, f"shard-{k}-of-{count}") for k in range(1, count + 1)]
+    args.save_dir = folders[number - 1]
     prepare(args)
     waiting = [path for path in folders if not os.path.exists(os.path.join(path, "lengths.pkl"))]
     if waiting:
         print(f"{len(waiting)} of {len(folders)} shards are still to come")
-    else:
+        return
+    try:
         join_shards(folders, whole)
+    except (UserError, FileNotFoundError):
+        if not os.path.exists(os.path.join(whole, "lengths.pkl")):  # another process was faster
+            raise
 
 
 def join_shards(folders, save_dir):
-    """Finished shards -> one finished set. Two processes that do it at once do no harm."""
-    lengths, skipped, prepared = {}, b"", {"mel_dim": None}
-    for folder in folders:
-        part = datasets.read_lengths(folder)
+    """Finished shards -> one finished set."""
+    lengths, skipped = {}, b""
+    parts = [datasets.read_lengths(folder) for folder in folders]
+    about = [datasets.read_prepared(folder) or {} for folder in folders]
+    prepared = next((one for one in about if one.get("mel_dim")), about[0])
+    settings = flat(prepared)
+    for key in ("path", "utt2spk"):  # machines may have them in other places
+        del settings[key]
+    for folder, part, one in zip(folders, parts, about):
         twice = lengths.keys() & part.keys()
         if twice:
             raise UserError(f"{folder}: {sorted(twice)[0]} is in another shard too")
         lengths |= part
-        about = datasets.read_prepared(folder)
-        if prepared["mel_dim"] and about["mel_dim"] and prepared["mel_dim"] != about["mel_dim"]:
-            raise UserError(f"{folder}: mel_dim is {about['mel_dim']}, not {prepared['mel_dim']}")
-        prepared = about if about["mel_dim"] else prepared
+        mel_dim = one.get("mel_dim") or prepared.get("mel_dim")  # a shard may be empty
+        check_same(folder, flat(one) | {"mel_dim": mel_dim}, settings)
+    if not lengths:
+        raise UserError(f"{save_dir}: no utterance is left in any shard")
+    for folder, part in zip(folders, parts):
         skipped_path = os.path.join(folder, "skipped.txt")
         if os.path.exists(skipped_path):
             with open(skipped_path, "rb") as file:
@@ -469,11 +486,11 @@ def share_of_audio(files, args, utt2spk):
     for utt_id, path in files:
         group = speaker_of(utt_id, path, args.cmvn, utt2spk) or utt_id
         groups.setdefault(group, []).append((utt_id, path))
-    return [file for group in sorted(groups)[number::count] for file in groups[group]]
+    return [file for group in sorted(groups)[number - 1 :: count] for file in groups[group]]
 
 
 def prepare(args):
-    utt2spk = read_utt2spk(args.utt2spk) if args.utt2spk else None
+    utt2spk = kaldi_io.read_utt2spk(args.utt2spk) if args.utt2spk else None
     target = {"save_dir": args.save_dir, "max_seq_len": args.max_seq_len}
     prepared = {
         "source": "kaldi",
@@ -500,7 +517,7 @@ def prepare(args):
         # The start is read before anything on disk changes: it may be no features at all.
         jobs = itertools.chain([next(jobs)], jobs)
         if args.shard:
-            jobs = itertools.islice(jobs, args.shard[0], None, args.shard[1])
+            jobs = itertools.islice(jobs, args.shard[0] - 1, None, args.shard[1])
         function = partial(save_raw_of_kaldi, **target)
         if args.cmvn == "none":
             function = partial(save_padded, resume=args.resume, **target)
@@ -515,9 +532,8 @@ def prepare(args):
     )
     prepared_path = os.path.join(args.save_dir, "prepared.json")
     stats_path = os.path.join(args.save_dir, STATS)
-    if os.path.exists(stats_path):  # the first pass was done before an interruption
-        saved = checkpoint.load(stats_path)
-    else:
+    saved = read_stats(stats_path)
+    if saved is None:
         checkpoint.write_json(prepared, prepared_path)
         unit = {"unit": "file"} if kind == "audio" else {"unit": "B", "unit_scale": True}
         with tqdm(total=size, desc="features", dynamic_ncols=True, **unit) as bar:

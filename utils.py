@@ -19,6 +19,9 @@ RNNConfig = namedtuple(
 )
 
 
+CMVN_KINDS = ("speaker", "utterance", "global", "none")  # what features are normalised over
+
+
 class UserError(ValueError):
     """An error that the user can mend, told in one line."""
 
@@ -31,9 +34,10 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as error:
-        # A data loader's worker hands its error on behind its traceback: the last line is ours.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = lines[-1].removeprefix("utils.UserError: ")
+        message = str(error).strip() or type(error).__name__
+        if "Traceback" in message:  # a data loader's worker hands its error on behind this
+            message = message.splitlines()[-1].removeprefix("utils.UserError: ")
+        message = " ".join(message.splitlines())
         message = message.encode("utf-8", "backslashreplace").decode()
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         status = 1
