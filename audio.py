@@ -184,7 +184,8 @@ def read_audio(path: str | os.PathLike, sample_rate: float) -> np.ndarray:
         raise UserError(f"{path}: cannot be decoded, damaged or truncated: {reason}") from None
     if len(samples) != expected:
         raise UserError(f"{path}: truncated: {len(samples)} of {expected} samples")
-    samples *= FULL_SCALE
+    with np.errstate(over="ignore"):
+        samples *= FULL_SCALE
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")
     return samples

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -617,6 +618,7 @@ def test_resume_makes_what_is_gone(tmp_path, extract, folder, model, whole, lost
     done(extract(model[0], folder[0], out))
     for path in sorted(out.glob("*.pt"))[:lost]:
         path.unlink()
+    sorted(out.glob("*.pt"))[-1].write_bytes(b"")  # as a crash of the machine may leave one
     done(extract(model[0], folder[0], out, "--resume"))
     assert_equal(read(out, "pt"), whole["pt", "last"])
 
@@ -1194,6 +1196,15 @@ def test_audio_of_another_width_than_the_model(tmp_path, extract, recordings):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_source_by_an_empty_name(tmp_path, extract, model):
+    assert "expected" not in refused(extract(model[0], "", tmp_path / "out", "--audio"))
+
+
+def test_speakers_are_for_audio(tmp_path, extract, model, folder):
+    status, stderr = extract(model[0], folder[0], tmp_path / "out", "--utt2spk", "x")
+    assert status == 2 and "--utt2spk" in stderr
+
+
 @pytest.mark.parametrize("sources", [[], ["--data_dir", "a", "--audio", "b"]], ids=str)
 def test_one_source_is_needed(extract, model, monkeypatch, capsys, sources):
     argv = ["x", "--checkpoint", str(model[0]), "--save_dir", "out", *sources]
@@ -1205,6 +1216,9 @@ def test_one_source_is_needed(extract, model, monkeypatch, capsys, sources):
     assert "--audio" in stderr and "--data_dir" in stderr
 
 
+GLOBAL = {"source": "audio", "fbank": {"num_mel_bins": 80}, "cmvn": "global"}
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -1212,6 +1226,14 @@ def test_one_source_is_needed(extract, model, monkeypatch, capsys, sources):
         [{"source": "audio", "fbank": None, "cmvn": "speaker"}],
         [{"source": "audio", "fbank": {"num_mel_bins": 80, "colour": "red"}, "cmvn": "none"}],
         [{"source": "audio", "fbank": {"num_mel_bins": 80}, "cmvn": "global"}],
+        [GLOBAL | {"cmvn_stats": [[1.0], [1.0]]}],
+        [GLOBAL | {"cmvn_stats": [[0.0] * 81] * 2}],
+        [{"source": "audio", "fbank": {"frame_shift_ms": 0}, "cmvn": "none"}],
+        [{"source": "audio", "fbank": {"frame_length_ms": math.inf}, "cmvn": "none"}],
+        [{"source": "audio", "fbank": {"sample_rate": "16000"}, "cmvn": "none"}],
+        [{"source": "audio", "fbank": {"window_type": None}, "cmvn": "none"}],
+        [{"source": "audio", "fbank": {}, "cmvn": "foo"}],
+        [{"source": "kaldi", "fbank": "abc", "cmvn": "none"}],
         [{}],
         ["audio"],
         {"source": "audio"},

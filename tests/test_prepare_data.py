@@ -181,7 +181,13 @@ def test_every_spelling_of_a_number_is_pythons_float_to_the_bit(tmp_path, prepar
 
 def test_integers_are_pythons_floats_to_the_bit(tmp_path, prepare):
     """Also where nothing else in the utterance is out of the ordinary: zeros keep their sign."""
-    rows = [["-0", "7"], ["0", "-0"], ["-12", "9007199254740993"], ["18446744073709551615", "-0"]]
+    rows = [
+        ["-0", "7"],
+        ["-0\t", "7"],
+        ["0", "-0"],
+        ["-12", "9007199254740993"],
+        ["18446744073709551615", "-0"],
+    ]
     source = write(tmp_path / "whole.txt", dump_text({"whole": rows}))
     status, stderr = prepare(source, tmp_path / "out", max_seq_len=len(rows))
     assert status == 0, stderr
@@ -209,9 +215,10 @@ def test_random_decimals_of_every_length(tmp_path, prepare):
         "u1\n  1.5    2\n\t3\t\t4 \t\n.\nu2\n5\t6\n.\n",
         "u1\r\n1.5 2\r\n3 4\r\n.\r\nu2\r\n5 6\r\n.\r\n",
         "u1 \n1.5 2\n3 4\n. \nu2\t\n5 6\n.\t\n",
+        "\n\nu1\n1.5 2\n3 4\n.\n\nu2\n5 6\n.\n",
         "u1\n1.5 2\n3 4\n.\nu2\n5 6\n.",  # no line feed at the end
     ],
-    ids=["leading", "trailing", "many", "crlf", "after-id-and-dot", "no-last-newline"],
+    ids=["leading", "trailing", "many", "crlf", "after-id-and-dot", "empty", "no-last-newline"],
 )
 def test_white_space_does_not_matter(tmp_path, prepare, text):
     status, stderr = prepare(write(tmp_path / "d.txt", text), tmp_path / "out", max_seq_len=5)
@@ -312,6 +319,7 @@ BAD_TEXT = {
     "ragged-balanced": ("utA\n1 2 3\n1 2\n1 2 3 4\n.\n", [3], "utA"),
     "brackets": ("utA\n1 2\n[3 4]\n.\n", [3], "utA"),
     "commas": ("utA\n1,2\n3,4\n.\n", [2], "utA"),
+    "underscore": ("utA\n1 2\n1 1_0\n.\n", [3], "utA"),
     "word": ("utA\n1 2\n1 abc\n.\n", [3], "utA"),
     "two-points": ("utA\n1 1.2.3\n.\n", [2], "utA"),
     "comma": ("utA\n1 1,5\n.\n", [2], "utA"),
@@ -409,6 +417,9 @@ def compressed_damage():
         yield pytest.param(f"d.{ending}", whole[:5], id=f"{ending}-header")
         yield pytest.param(f"d.{ending}", bytes(flipped), id=f"{ending}-flipped")
         yield pytest.param(f"d.{ending}", b"", id=f"{ending}-nothing")
+        second = bytes(whole[:9]) + b"?" + bytes(whole[10:])  # a damaged header
+        yield pytest.param(f"d.{ending}", whole + second, id=f"{ending}-second-stream")
+        yield pytest.param(f"d.{ending}", whole + b"more", id=f"{ending}-and-more")
         nothing = {"xz": lzma, "gz": gzip}[ending].compress(b"")
         yield pytest.param(f"d.{ending}", nothing, id=f"{ending}-of-nothing")
 

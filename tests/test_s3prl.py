@@ -493,6 +493,9 @@ def test_senseless_config_is_refused_in_one_line(tmp_path, convert, keys, value)
         ("rnn_layers.2.weight_hh_l0", torch.zeros(3 * HIDDEN, HIDDEN - 1)),
         ("rnn_layers.0.weight_ih_l1", torch.zeros(3 * HIDDEN, HIDDEN)),
         ("decoder.weight", torch.zeros(3)),
+        ("postnet.bias", torch.zeros(MEL, dtype=torch.complex64)),
+        ("postnet.bias", torch.zeros(MEL).to_sparse()),
+        ("rnn_layers.0.weight_hh_l0", torch.zeros(1).expand(3 * 2**20, 2**20)),
         ("rnn_layers.1.bias_ih_l0", "text"),
         ("rnn_layers.1.bias_ih_l0", [0.0] * 3 * HIDDEN),
     ],
@@ -896,3 +899,33 @@ def test_both_outputs_at_once_into_the_current_folder(tmp_path, convert, monkeyp
     assert sorted(os.listdir()) == ["config.json", "foo.ckpt", "foo.pt"]
     models = [load_pretrained(path).state_dict() for path in ("foo.ckpt", "foo.pt")]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ["--to_s3prl", "x", "--to_state_dict", "x"],
+        ["--to_state_dict", "config.json"],
+        ["--to_s3prl", "y", "--to_state_dict", "there/y"],
+    ],
+    ids=" ".join,
+)
+def test_outputs_of_one_name_are_refused_before_anything_is_written(
+    tmp_path, convert, monkeypatch, outputs
+):
+    write_model(tmp_path / "a" / "foo.model", data="utterance")
+    (tmp_path / "b" / "there").mkdir(parents=True)
+    (tmp_path / "b" / "there" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "b")
+    status, err = convert(tmp_path / "a" / "foo.model", *outputs)
+    assert status == 1
+    error_line(err)
+    assert os.listdir() == ["there"] and os.listdir("there") == ["config.json"]
+
+
+def test_prefixes_of_data_parallel(tmp_path):
+    theirs = s3prl_model(feat_dim=MEL, **PARAS)
+    content = s3prl_dict(theirs)
+    content["model"] = {f"module.{name}": weight for name, weight in content["model"].items()}
+    torch.save(content, tmp_path / "apc.ckpt")
+    assert_same_outputs(load_pretrained(tmp_path / "apc.ckpt"), theirs)

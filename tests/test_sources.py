@@ -613,6 +613,15 @@ def test_bad_offsets(tmp_path, refused):
                 run_all(write(tmp_path / "feats.scp", f"utX {ark}:{bad}\n"))
 
 
+def test_a_compressed_scp_with_names_that_are_no_text(tmp_path, prepare, refused):
+    utterances, path = {"utA": exact(3, seed=1)}, os.fsencode(tmp_path) + b"/\xff.ark"
+    Path(os.fsdecode(path)).write_bytes(by_kaldiio(utterances))
+    scp = write(tmp_path / "feats.scp.gz", gzip.compress(b"utA " + path + b":4\n"))
+    assert prepare(scp, tmp_path / "out").status == 0
+    assert_holds(tmp_path / "out", utterances)
+    assert "UTF-8" in refused(write(tmp_path / "feats.scp", b"ut\xff " + path + b":4\n"))
+
+
 def test_bad_lines_of_an_scp(tmp_path, refused):
     ark, offset, _ = one_ark(tmp_path)
     good = f"utA {ark}:{offset}\n"
@@ -957,6 +966,8 @@ BAD_AUDIO = {  # file name: (bytes, what the message must match)
     "84-9-short.wav": (sound(np.ones(399, np.int16)), "399 samples.*400"),
     "84-9-none.flac": (sound(np.ones(0, np.int16), ending="flac"), "samples|length|decoded"),
     "84-9-nan.wav": (sound(np.full(900, np.nan), subtype="FLOAT"), "NaN"),
+    "84-9-huge.wav": (sound(np.full(900, 1e35), subtype="FLOAT"), "infinite"),
+    "84-9-loud.wav": (sound(np.full(900, 1e30), subtype="FLOAT"), "84-9-loud"),
 }
 # Two bad files above have one id: their endings tell them apart in the tests only.
 BAD_AUDIO = {
@@ -978,6 +989,11 @@ def test_bad_audio_is_refused_by_name(tmp_path, refused, prepare, wav_folder, na
     done = prepare(source, tmp_path / "refused", "--resume", max_seq_len=AUDIO_LEN)
     assert done.status == 0, done.err
     assert_holds(tmp_path / "refused", truth("speaker"), AUDIO_LEN, atol=1e-5)
+
+
+def test_a_pipe_with_the_name_of_audio_is_not_waited_for(tmp_path, refused):
+    os.mkfifo(save_speech(tmp_path / "in", FEW) / "pipe.wav")
+    assert "pipe.wav" in refused(tmp_path / "in")
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -1154,7 +1170,11 @@ def sources(tmp_path_factory):
     write(root / "bad" / "103-0.wav", b"no audio")
     frames = {utt_id: FRAMES[utt_id] for utt_id in sorted(FEW)}
     kaldiio.save_ark(str(root / "feats.ark"), frames, scp=str(root / "feats.scp"))
-    return {"wav": root / "wav", "bad": root / "bad", "scp": root / "feats.scp"}
+    rows = {utt_id: [" ".join(map(str, row)) for row in frames[utt_id]] for utt_id in frames}
+    dump = "".join(f"{utt_id}\n" + "\n".join(lines) + "\n.\n" for utt_id, lines in rows.items())
+    write(root / "dump.txt", dump)
+    found = {"wav": root / "wav", "bad": root / "bad", "scp": root / "feats.scp"}
+    return found | {"dump": root / "dump.txt"}
 
 
 @pytest.mark.parametrize("name", INTERRUPTED)
@@ -1534,3 +1554,54 @@ def test_extracting_from_another_kind_of_data_warns(extract, trained_on, fed):
 def test_extracting_from_the_same_or_an_unknown_kind_does_not_warn(extract, config, fed):
     stderr = extract(config and {"rnn_residual": False, **config}, fed)
     assert "warning" not in stderr.lower(), stderr
+
+
+# ------------------------------------------------------------------------------ shards
+
+
+SHARDED = {
+    "wav-speaker": ("wav", ()),
+    "wav-utterance": ("wav", ("--cmvn", "utterance")),
+    "dump": ("dump", ()),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_join_to_the_whole(tmp_path, prepare, monkeypatch, sources, name):
+    kind, options = SHARDED[name]
+    monkeypatch.setattr(kaldi_io, "BLOCK_SIZE", 1)  # or the dump would be one job
+    assert prepare(sources[kind], tmp_path / "whole", *options).status == 0
+    for number in (3, 1, 2):
+        assert not (tmp_path / "out" / "lengths.pkl").exists()
+        done = prepare(sources[kind], tmp_path / "out", *options, "--shard", f"{number}/3")
+        assert done.status == 0, done.err
+    whole, out = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    lengths = [pickle.loads(found.pop("lengths.pkl")) for found in (whole, out)]
+    assert lengths[0] == lengths[1]
+    assert out == whole
+    again = prepare(sources[kind], tmp_path / "out", *options, "--shard", "1/3", "--resume")
+    assert again.status == 0 and "finished" in again.out
+
+
+@pytest.mark.parametrize("other", [("--max_seq_len", "9"), ("--cmvn", "none")], ids=" ".join)
+def test_shards_of_other_settings_do_not_join(tmp_path, prepare, refused, sources, other):
+    out = tmp_path / "refused"
+    assert prepare(sources["wav"], out, "--shard", "1/2").status == 0
+    message = refused(sources["wav"], "--shard", "2/2", *other, name="shard-2-of-2")
+    assert other[0].strip("-") in message
+    assert sorted(os.listdir(out)) == ["shard-1-of-2", "shard-2-of-2"]
+    for folder in out.iterdir():
+        assert read_folder(folder)
+
+
+def test_shards_of_nothing(tmp_path, refused):
+    write(tmp_path / "audio" / "a.wav", b"no sound")
+    assert "no utterance" in refused(
+        tmp_path / "audio", "--skip_bad", "--shard", "1/1", name="refused"
+    )
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "1/0", "-1/2"])
+def test_a_shard_is_one_of_n(tmp_path, prepare, sources, text):
+    done = prepare(sources["wav"], tmp_path / "out", f"--shard={text}")
+    assert done.status == 2 and "--shard" in done.err
