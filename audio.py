@@ -287,6 +287,19 @@ def _fbank_options(config):
     return options
 
 
+def speaker_of(utt_id, where, cmvn, utt2spk):
+    """Whose statistics normalise an utterance; None for its own."""
+    if cmvn == "global":
+        return ""
+    if cmvn != "speaker":
+        return None
+    if utt2spk is None:
+        return utt_id.split("-")[0]
+    if utt_id not in utt2spk:
+        raise UserError(f"{where}: utterance {utt_id}: has no speaker in --utt2spk")
+    return utt2spk[utt_id]
+
+
 def cmvn_stats(frames: np.ndarray) -> np.ndarray:
     """Statistics of frames (T, D) for mean and variance normalisation, in Kaldi's layout: float64
     (2, D + 1), row 0 the sums and, last, T; row 1 the sums of squares and, last, 0. Statistics of

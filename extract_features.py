@@ -21,6 +21,7 @@ from utils import (
     num_cores,
     positive,
     run,
+    run_jobs,
     setup_logging,
     start_processes,
 )
@@ -69,7 +70,6 @@ from tqdm import tqdm
 import audio
 import checkpoint
 import kaldi_io
-import prepare_data
 from datasets import (
     AudioFiles,
     BatchSampler,
@@ -119,10 +119,10 @@ def open_audio(args, data):
     utt2spk = kaldi_io.read_utt2spk(args.utt2spk) if args.utt2spk else None
     num_frames, stats, speakers = {}, {}, {}
     jobs = enumerate(files)
-    for _, (utt_id, path, frames, utt_stats) in prepare_data.run_jobs(
+    for _, (utt_id, path, frames, utt_stats) in run_jobs(
         jobs, partial(measure, config=config), num_cores()
     ):
-        speaker = prepare_data.speaker_of(utt_id, path, cmvn, utt2spk)
+        speaker = audio.speaker_of(utt_id, path, cmvn, utt2spk)
         speakers[utt_id] = utt_id if speaker is None else speaker
         stats[speakers[utt_id]] = stats.get(speakers[utt_id], 0) + utt_stats
         num_frames[utt_id] = frames

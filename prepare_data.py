@@ -13,7 +13,7 @@ import argparse
 import os
 import re
 
-from utils import CMVN_KINDS, UserError, __version__, num_cores, positive, run
+from utils import CMVN_KINDS, UserError, __version__, num_cores, positive, run, run_jobs
 
 
 def build_parser():
@@ -66,18 +66,12 @@ def shard(text):
 if __name__ == "__main__":
     build_parser().parse_args()  # --help must not wait for torch
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import pickle
 import shutil
-import signal
-import threading
 from functools import partial
 from typing import NamedTuple
 
@@ -200,43 +194,6 @@ def normalise(job, save_dir, max_seq_len):
 # In the main process ------------------------------------------------------------------------------
 
 
-def follow_main_process():
-    """In a worker: leave Ctrl-C to the main process, and end when that is gone, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def run_jobs(jobs, function, num_workers):
-    """Yield (position, function(job)) for (position, job) in order, computed by many processes.
-
-    Few jobs are under way at once, so that memory does not grow with the corpus.
-    """
-    if num_workers == 1:
-        for position, job in jobs:
-            yield position, function(job)
-        return
-    context = multiprocessing.get_context("fork" if os.name == "posix" else None)
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context, follow_main_process) as pool:
-        waiting = collections.deque()
-        try:
-            for position, job in jobs:
-                waiting.append((position, pool.submit(function, job)))
-                if len(waiting) > 4 * num_workers:
-                    position, future = waiting.popleft()
-                    yield position, future.result()
-            for position, future in waiting:
-                yield position, future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("a worker process was killed (out of memory?)") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def leftovers(save_dir):
     """Names of the files that preparing makes, and that a finished set is without."""
     ends = (".raw", ".pt.tmp", ".raw.tmp", ".json.tmp", ".pkl.tmp", "skipped.txt.tmp")
@@ -292,19 +249,6 @@ def open_save_dir(args, prepared):
     return True
 
 
-def speaker_of(utt_id, where, cmvn, utt2spk):
-    """Whose statistics normalise an utterance; None for its own."""
-    if cmvn == "global":
-        return ""
-    if cmvn != "speaker":
-        return None
-    if utt2spk is None:
-        return utt_id.split("-")[0]
-    if utt_id not in utt2spk:
-        raise UserError(f"{where}: utterance {utt_id}: has no speaker in --utt2spk")
-    return utt2spk[utt_id]
-
-
 def first_pass(jobs, function, bar, args, utt2spk):
     """Run the jobs -> what the second pass, and the folder's description, need of them all."""
     num_frames, speakers, stats, skipped, mel_dim = {}, {}, {}, [], None
@@ -319,7 +263,7 @@ def first_pass(jobs, function, bar, args, utt2spk):
                     f"as in the utterances before, found {utt.mel_dim}"
                 )
             num_frames[utt.utt_id] = utt.num_frames
-            speaker = speaker_of(utt.utt_id, utt.where, args.cmvn, utt2spk)
+            speaker = audio.speaker_of(utt.utt_id, utt.where, args.cmvn, utt2spk)
             if speaker is not None:
                 speakers[utt.utt_id] = speaker
                 stats[speaker] = stats.get(speaker, 0) + torch.from_numpy(utt.stats)
@@ -484,7 +428,7 @@ def share_of_audio(files, args, utt2spk):
     number, count = args.shard
     groups = {}
     for utt_id, path in files:
-        group = speaker_of(utt_id, path, args.cmvn, utt2spk) or utt_id
+        group = audio.speaker_of(utt_id, path, args.cmvn, utt2spk) or utt_id
         groups.setdefault(group, []).append((utt_id, path))
     return [file for group in sorted(groups)[number - 1 :: count] for file in groups[group]]
 

@@ -1,18 +1,25 @@
 """What every script shares: model configurations, errors, seeds, devices, logging."""
 
 import argparse
+import collections
+import concurrent.futures
 import datetime
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import signal
 import sys
-from collections import namedtuple
+import threading
 
 __version__ = "1.0.0"
 
 # Positional as in the original release; the last field of RNNConfig is new.
-PrenetConfig = namedtuple("PrenetConfig", ["input_size", "hidden_size", "num_layers", "dropout"])
-RNNConfig = namedtuple(
+PrenetConfig = collections.namedtuple(
+    "PrenetConfig", ["input_size", "hidden_size", "num_layers", "dropout"]
+)
+RNNConfig = collections.namedtuple(
     "RNNConfig",
     ["input_size", "hidden_size", "num_layers", "dropout", "residual", "rnn_type"],
     defaults=[False, "gru"],
@@ -136,6 +143,43 @@ def start_processes(device_name):
             "torchrun, a process a GPU, or unset WORLD_SIZE"
         ) from None
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def follow_main_process():
+    """In a worker: leave Ctrl-C to the main process, and end when that is gone, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run_jobs(jobs, function, num_workers):
+    """Yield (position, function(job)) for (position, job) in order, computed by many processes.
+
+    Few jobs are under way at once, so that memory does not grow with the corpus.
+    """
+    if num_workers == 1:
+        for position, job in jobs:
+            yield position, function(job)
+        return
+    context = multiprocessing.get_context("fork" if os.name == "posix" else None)
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context, follow_main_process) as pool:
+        waiting = collections.deque()
+        try:
+            for position, job in jobs:
+                waiting.append((position, pool.submit(function, job)))
+                if len(waiting) > 4 * num_workers:
+                    position, future = waiting.popleft()
+                    yield position, future.result()
+            for position, future in waiting:
+                yield position, future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError("a worker process was killed (out of memory?)") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def loader_context(num_workers, world_size):
