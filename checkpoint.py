@@ -251,7 +251,11 @@ def save_epoch(t, number):
 
 
 def save_checkpoint(t):
-    """last.ckpt: all that --resume needs, and more than load_pretrained.py does."""
+    """last.ckpt: all that --resume needs, and more than load_pretrained.py does.
+
+    There are no random states in it: the order of the data follows from (seed, epoch), and dropout
+    from (seed, process, step).
+    """
     if t.rank > 0:
         return
     check_run(t)
