@@ -205,15 +205,17 @@ def training_data(config, name):
         first = data[0]
         if first is None:
             return None
-        if first["cmvn"] not in CMVN_KINDS:
-            raise ValueError(f"cmvn {first['cmvn']!r}")
-        if first["source"] == "audio" or first["fbank"] is not None:
+        from_audio = first["source"] == "audio"
+        cmvn = first["cmvn"] if from_audio else first.get("cmvn", "none")
+        if cmvn not in CMVN_KINDS:
+            raise ValueError(f"cmvn {cmvn!r}")
+        if from_audio or first.get("fbank") is not None:
             fbank = FbankConfig(**first["fbank"])
-        if first["source"] == "audio" and first["cmvn"] == "global":
+        if from_audio and cmvn == "global":
             stats = np.array(first["cmvn_stats"], np.float64)
             if stats.shape != (2, fbank.num_mel_bins + 1) or not stats[0, -1] >= 1:
                 raise ValueError("cmvn_stats")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{name}: config.json: its data lacks or mistakes {error}") from None
     return first
 

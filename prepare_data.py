@@ -214,7 +214,7 @@ def check_same(save_dir, before, now):
         if before.get(key) != now[key]:
             raise UserError(
                 f"{save_dir}: {key} was {before.get(key)!r} when this set was begun, and is "
-                f"{now[key]!r} now: a set needs the same throughout"
+                f"{now[key]!r} now: give the same flags, or choose another --save_dir"
             )
 
 

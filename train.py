@@ -152,7 +152,7 @@ def model_configs(args):
     return PrenetConfig(args.feature_dim, *prenet), RNNConfig(hidden_size, *rnn)
 
 
-def build_optimizer(args, parameters):
+def build_optimizer(args, parameters, device):
     # A fused optimizer can be told on the device, without waiting for it, to skip a step. Adadelta
     # and RMSprop have no such kind.
     if args.optimizer == "adam":
@@ -162,7 +162,7 @@ def build_optimizer(args, parameters):
     if args.optimizer == "adadelta":
         return optim.Adadelta(parameters)
     if args.optimizer == "adagrad":
-        return optim.Adagrad(parameters, lr=args.learning_rate, fused=args.device != "mps")
+        return optim.Adagrad(parameters, lr=args.learning_rate, fused=device.type != "mps")
     return optim.RMSprop(parameters, lr=args.learning_rate)
 
 
@@ -525,7 +525,7 @@ def train(args, rank, world_size, device, signals):
         world_size=world_size,
         model=model,
         net=model,
-        optimizer=build_optimizer(args, model.parameters()),
+        optimizer=build_optimizer(args, model.parameters(), device),
         # bf16 needs it too: on CUDA, PyTorch's autocast does RNN layers in fp16 all the same.
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision != "fp32"),
         seq_len=splits[0].seq_len,
