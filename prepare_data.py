@@ -453,6 +453,8 @@ def prepare(args):
         files = audio.find_audio(args.librispeech_from_audio, skipped if args.skip_bad else None)
         if args.shard:
             files = share_of_audio(files, args, utt2spk)
+        if args.overwrite and not args.skip_bad:  # all files may be of another rate
+            audio.read_fbank(files[0][1], config)
         kind, size, jobs = "audio", len(files), enumerate(files, start=1)
         flags = {"resume": args.resume, "skip_bad": args.skip_bad}
         function = partial(save_raw_of_audio, config=config, **flags, **target)

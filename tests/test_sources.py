@@ -991,6 +991,14 @@ def test_bad_audio_is_refused_by_name(tmp_path, refused, prepare, wav_folder, na
     assert_holds(tmp_path / "refused", truth("speaker"), AUDIO_LEN, atol=1e-5)
 
 
+def test_overwriting_by_audio_of_another_rate_leaves_the_old_set(tmp_path, prepare, wav_folder):
+    assert prepare(wav_folder, tmp_path / "out", max_seq_len=AUDIO_LEN).status == 0
+    before = contents(tmp_path / "out")
+    done = prepare(wav_folder, tmp_path / "out", "--overwrite", "--sample_rate", 8000)
+    assert done.status == 1 and "8000" in error_line(done.err)
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_pipe_with_the_name_of_audio_is_not_waited_for(tmp_path, refused):
     os.mkfifo(save_speech(tmp_path / "in", FEW) / "pipe.wav")
     assert "pipe.wav" in refused(tmp_path / "in")
