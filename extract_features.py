@@ -14,6 +14,7 @@ import argparse
 import os
 
 from utils import (
+    HelpFormatter,
     UserError,
     add_residual_flags,
     loader_context,
@@ -30,7 +31,7 @@ from utils import (
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="FILE", help="any that load_pretrained.py reads")

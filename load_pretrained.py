@@ -17,6 +17,7 @@ import re
 
 from utils import (
     CMVN_KINDS,
+    HelpFormatter,
     PrenetConfig,
     RNNConfig,
     UserError,
@@ -30,7 +31,7 @@ from utils import (
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="FILE", help="the model")
     add_residual_flags(parser)
@@ -386,8 +387,11 @@ def main(argv=None):
     for out in outs:
         if os.path.exists(out) or len({os.path.abspath(path) for path in outs}) < len(outs):
             raise UserError(f"{out}: exists already, or is to be two files: choose another name")
+    exported = to_s3prl(model, config) if args.to_s3prl else None  # or an error: first of all
+    for out in outs:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     if args.to_s3prl:
-        checkpoint.save(to_s3prl(model, config), args.to_s3prl)
+        checkpoint.save(exported, args.to_s3prl)
         print(f"written for s3prl: {args.to_s3prl}")
     if args.to_state_dict:
         checkpoint.save(model.state_dict(), args.to_state_dict)

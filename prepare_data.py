@@ -13,13 +13,22 @@ import argparse
 import os
 import re
 
-from utils import CMVN_KINDS, UserError, __version__, num_cores, positive, run, run_jobs
+from utils import (
+    CMVN_KINDS,
+    HelpFormatter,
+    UserError,
+    __version__,
+    num_cores,
+    positive,
+    run,
+    run_jobs,
+)
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     source = parser.add_argument_group("source, one of").add_mutually_exclusive_group()
     source.add_argument(

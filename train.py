@@ -24,6 +24,7 @@ import zlib
 from multiprocessing import resource_tracker
 
 from utils import (
+    HelpFormatter,
     PrenetConfig,
     RNNConfig,
     UserError,
@@ -44,7 +45,7 @@ MAX_SKIPPED = 20  # steps in a row without a finite loss and gradient
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
     add("--prenet_num_layers", type=not_negative, default=0, help="ReLU layers before the RNN")

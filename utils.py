@@ -61,6 +61,14 @@ def run(main):
         sys.exit(status)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows flags' defaults, where they have one."""
+
+    def _get_help_string(self, action):
+        has_none = action.default is None or action.const is False  # the latter of --no_...
+        return action.help if has_none else super()._get_help_string(action)
+
+
 def positive(text, least=1):
     """An argparse type: an integer of `least` or more."""
     if not text.strip().isdecimal() or int(text) < least:
