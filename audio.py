@@ -75,10 +75,9 @@ class FbankConfig:
     def __post_init__(self):
         """Settings may come from a file: ValueError if one is of another kind, or means nothing."""
         for field in fields(self):
-            value, kinds = getattr(self, field.name), (type(field.default),)
-            if kinds == (float,):
-                kinds = (float, int)
-            if type(value) not in kinds or kinds[0] is float and not math.isfinite(value):
+            value, kind = getattr(self, field.name), type(field.default)
+            kinds = (float, int) if kind is float else (kind,)
+            if type(value) not in kinds or kind is float and not math.isfinite(value):
                 raise ValueError(f"{field.name} {value!r}")
         if min(self.frame_length_ms, self.frame_shift_ms) * self.sample_rate < 1000:
             raise ValueError("frames or their shift of less than a sample")

@@ -13,6 +13,7 @@ import time
 import warnings
 import zipfile
 
+import numpy as np
 import torch
 
 from utils import UserError
@@ -60,6 +61,15 @@ def save(value, path, sync=True):
     # Through memory: torch's own file writer tells a full disk as a RuntimeError without a path.
     buffer = io.BytesIO()
     torch.save(value, buffer)
+    with atomic_write(path, sync) as file:
+        file.write(buffer.getbuffer())
+
+
+def save_arrays(arrays, path, sync=True):
+    """NumPy arrays one after another in one file (np.load gives them in turn), atomically."""
+    buffer = io.BytesIO()  # given a file, numpy overlooks that a disk is full
+    for array in arrays:
+        np.save(buffer, array)
     with atomic_write(path, sync) as file:
         file.write(buffer.getbuffer())
 

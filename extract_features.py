@@ -58,7 +58,6 @@ if __name__ == "__main__":
     build_parser().parse_args()  # --help must not wait for torch
 
 import contextlib
-import io
 import logging
 import re
 from functools import partial
@@ -158,10 +157,7 @@ class FileWriter:
         if self.ending == "pt":
             checkpoint.save(features, self.path(utt_id), sync=False)
         else:
-            with checkpoint.atomic_write(self.path(utt_id), sync=False) as file:
-                buffer = io.BytesIO()  # given a file, numpy overlooks that a disk is full
-                np.save(buffer, features.numpy())
-                file.write(buffer.getbuffer())
+            checkpoint.save_arrays([features.numpy()], self.path(utt_id), sync=False)
 
     def close(self):
         pass

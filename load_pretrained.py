@@ -101,7 +101,7 @@ def read_checkpoint(path):
     value, flags, config = checkpoint.load(path, verify=True), None, None
     if isinstance(value, dict) and "model" in value:
         if isinstance(value.get("flags"), dict):  # last.ckpt
-            flags = value["flags"] | {key: value[key] for key in ("data",) if key in value}
+            flags = value["flags"] | ({"data": value["data"]} if "data" in value else {})
         else:
             config = value.get("config")  # s3prl's
         value = value["model"]

@@ -77,7 +77,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import pickle
 import shutil
@@ -140,11 +139,8 @@ def is_there(path, tensor):
 def save_raw(utt_id, frames, where, save_dir, max_seq_len):
     """Keep what normalising an utterance will need, <utt_id>.raw -> Done."""
     stats = audio.cmvn_stats(frames)
-    buffer = io.BytesIO()  # given a file, numpy overlooks that a disk is full
-    np.save(buffer, stats)
-    np.save(buffer, frames[:max_seq_len])
-    with checkpoint.atomic_write(os.path.join(save_dir, f"{utt_id}.raw"), sync=False) as file:
-        file.write(buffer.getbuffer())
+    path = os.path.join(save_dir, f"{utt_id}.raw")
+    checkpoint.save_arrays([stats, frames[:max_seq_len]], path, sync=False)
     return Done(utt_id, *frames.shape, where, stats)
 
 
