@@ -127,12 +127,18 @@ class APCModel(nn.Module):
             internal_reps: (L, B, T, H), or (L + 1, B, T, H) with the prenet's output first; beyond
                 `lengths` 0. The last, internal_reps[-1], is the papers' feature.
         """
-        reps, _ = self._layers(inputs)
-        predicted_mel = self.postnet(reps[-1])  # (B, T, D)
-
+        # On a CPU in pieces of T: buffers above 32 MiB would be given back to the system and fetched
+        # again, page by page, in every step.
+        on_cpu = inputs.device.type == "cpu"
+        piece_size = 4096 // max(1, inputs.size(0)) if on_cpu else inputs.size(1)
+        predicted, reps, state = [], [], None
+        for piece in inputs.split(max(1, piece_size), dim=1):
+            *outputs, state = self.stream(piece, state)
+            predicted.append(outputs[0])
+            reps.append(outputs[1])
         valid = valid_frames(lengths, inputs.size(1), inputs.device)[:, :, None]  # (B, T, 1)
-        predicted_mel = torch.where(valid, predicted_mel, self.postnet.layer.bias)
-        internal_reps = torch.stack(reps).masked_fill_(~valid, 0)  # (L (+ 1), B, T, H)
+        predicted_mel = torch.where(valid, torch.cat(predicted, 1), self.postnet.layer.bias)
+        internal_reps = torch.cat(reps, 2).masked_fill_(~valid, 0)  # (L (+ 1), B, T, H)
         return predicted_mel, internal_reps
 
     def stream(self, inputs, state=None):
