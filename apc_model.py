@@ -127,8 +127,8 @@ class APCModel(nn.Module):
             internal_reps: (L, B, T, H), or (L + 1, B, T, H) with the prenet's output first; beyond
                 `lengths` 0. The last, internal_reps[-1], is the papers' feature.
         """
-        # On a CPU in pieces of T: buffers above 32 MiB would be given back to the system and fetched
-        # again, page by page, in every step.
+        # On a CPU in pieces of T: buffers above 32 MiB would go back to the system, and be fetched
+        # again page by page, in every step.
         on_cpu = inputs.device.type == "cpu"
         piece_size = 4096 // max(1, inputs.size(0)) if on_cpu else inputs.size(1)
         predicted, reps, state = [], [], None
