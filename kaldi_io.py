@@ -156,9 +156,9 @@ def read_kaldi(path):
             f"{name}: binary data, but no Kaldi archive: expected a text dump, an archive or a .scp"
         )
     elif re.match(rb"\S+[ \t]+\[", first_line):
-        kind, blocks = "text archive", text_jobs(content, name, "]")
+        kind, blocks = "text archive", text_jobs(content, name, "]", content is raw and path != "-")
     else:
-        kind, blocks = "text dump", text_jobs(content, name, ".")
+        kind, blocks = "text dump", text_jobs(content, name, ".", content is raw and path != "-")
 
     def jobs():
         done = 0
@@ -181,11 +181,14 @@ def _damage(name):
         raise UserError(f"{name}: compressed data truncated or damaged: {error}") from None
 
 
-def text_jobs(stream, name, end_mark):
-    """Cut a text dump or archive into blocks of whole utterances -> (bytes, job)."""
+def text_jobs(stream, name, end_mark, is_file):
+    """Cut a text dump or archive into blocks of whole utterances -> (bytes, job).
+
+    If the stream is the file of that name, as it is, jobs read their blocks themselves.
+    """
     end_of_utterance = END_OF_UTTERANCE[end_mark]
     usual_end = b"\n.\n" if end_mark == "." else b"]\n"
-    line, rest, size = 1, b"", BLOCK_SIZE
+    position, line, rest, size = 0, 1, b"", BLOCK_SIZE
     while True:
         new = stream.read(size)
         if b"\0" in new:
@@ -205,19 +208,34 @@ def text_jobs(stream, name, end_mark):
             # Twice as much each time: an utterance of many blocks is not searched many times.
             rest, size = block, max(BLOCK_SIZE, len(block))
             continue
-        yield end, functools.partial(parse_text, block[:end], line, name, end_mark)
+        source = functools.partial(read_part, name, position, end) if is_file else block[:end]
+        yield end, functools.partial(parse_text, source, line, name, end_mark)
+        position += end
         line += block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
     if block.strip():
         yield len(block), functools.partial(parse_text, block, line, name, end_mark)
 
 
+def read_part(path, offset, size):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
 def parse_text(block, first_line, name, end_mark):
     """Bytes of a text dump or archive, which start at line `first_line` of it -> utterances.
+
+    Args:
+        block: the bytes, or a callable that reads them.
+        first_line, name: for messages.
+        end_mark: "." in a dump, "]" in an archive.
 
     Raises:
         UserError: what stands there is no utterance.
     """
+    if callable(block):
+        block = block()
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
     if not block.endswith(b"\n"):
@@ -244,7 +262,7 @@ def parse_text(block, first_line, name, end_mark):
             body = body.rstrip()
         frames = _parse_frames(body, utt_id, name, number + 1, end_mark, end is not None)
         yield Utterance(utt_id, frames, where)
-        number += block.count(b"\n", start, end.end())
+        number += len(frames) + block.count(b"\n", line_end + 1 + len(body), end.end())
         start = end.end()
 
 
