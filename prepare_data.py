@@ -159,20 +159,24 @@ def save_raw_of_kaldi(job, save_dir, max_seq_len):
 
 
 def save_raw_of_audio(job, config, save_dir, max_seq_len, resume, skip_bad):
-    """(utterance id, file) -> ([Done], []), or with skip_bad perhaps ([], [what is wrong])."""
-    utt_id, path = job
-    if resume:
-        # Files that a crash of the machine left empty are made again.
-        with contextlib.suppress(FileNotFoundError, UserError):
-            stats, frames = read_raw(utt_id, save_dir)
-            return [Done(utt_id, int(stats[0, -1]), frames.shape[1], path, stats)], []
-    try:
-        frames = audio.read_fbank(path, config)
-    except (UserError, OSError) as error:
-        if not skip_bad:
-            raise
-        return [], [" ".join(str(error).split())]
-    return [save_raw(utt_id, frames, path, save_dir, max_seq_len)], []
+    """[(utterance id, file)] -> ([Done], with skip_bad perhaps [what is wrong])."""
+    done, bad = [], []
+    for utt_id, path in job:
+        if resume:
+            # Files that a crash of the machine left empty are made again.
+            with contextlib.suppress(FileNotFoundError, UserError):
+                stats, frames = read_raw(utt_id, save_dir)
+                done.append(Done(utt_id, int(stats[0, -1]), frames.shape[1], path, stats))
+                continue
+        try:
+            frames = audio.read_fbank(path, config)
+        except (UserError, OSError) as error:
+            if not skip_bad:
+                raise
+            bad.append(" ".join(str(error).split()))
+        else:
+            done.append(save_raw(utt_id, frames, path, save_dir, max_seq_len))
+    return done, bad
 
 
 def normalise(job, save_dir, max_seq_len):
@@ -183,16 +187,18 @@ def normalise(job, save_dir, max_seq_len):
             try:
                 own_stats, frames = read_raw(utt_id, save_dir)
             except FileNotFoundError:  # done before an interruption, or lost
-                checkpoint.load(path)
+                checkpoint.load(path, verify=True)
                 continue
         except (UserError, FileNotFoundError):
-            # The machine has crashed. Without the statistics, --resume does the first pass again.
+            # The machine has crashed. Without the statistics, --resume does the first pass again:
+            # seldom needed, it costs less than to wait for the disk before the .raw goes.
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(save_dir, STATS))
             raise UserError(f"{path}: was lost or damaged: run again with --resume") from None
         if stats is not False:
             frames = audio.apply_cmvn(frames, own_stats if stats is None else stats)
         checkpoint.save(pad(frames, max_seq_len), path, sync=False)
+        os.remove(os.path.join(save_dir, f"{utt_id}.raw"))
     return [utt_id for utt_id, _ in job]
 
 
@@ -305,16 +311,8 @@ def second_pass(saved, args, bar):
     chunks = [ids[start : start + 8] for start in range(0, len(ids), 8)]
     jobs = ((0, [(utt_id, stats_of(utt_id)) for utt_id in chunk]) for chunk in chunks)
     function = partial(normalise, save_dir=args.save_dir, max_seq_len=args.max_seq_len)
-    done = []
-    for _, some in run_jobs(jobs, function, args.num_workers):
-        done += some
-        bar.update(len(some))
-        if len(done) >= 1000 or bar.n == len(ids):
-            sync()  # their tensors must outlast a crash of the machine before these go
-            for utt_id in done:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(args.save_dir, f"{utt_id}.raw"))
-            done = []
+    for _, done in run_jobs(jobs, function, args.num_workers):
+        bar.update(len(done))
 
 
 def sync():
@@ -460,7 +458,8 @@ def prepare(args):
             files = share_of_audio(files, args, utt2spk)
         if args.overwrite and not args.skip_bad:  # all files may be of another rate
             audio.read_fbank(files[0][1], config)
-        kind, size, jobs = "audio", len(files), enumerate(files, start=1)
+        kind, size = "audio", len(files)
+        jobs = ((min(i + 4, size), files[i : i + 4]) for i in range(0, size, 4))
         flags = {"resume": args.resume, "skip_bad": args.skip_bad}
         function = partial(save_raw_of_audio, config=config, **flags, **target)
     else:
