@@ -133,9 +133,9 @@ class APCModel(nn.Module):
         piece_size = 4096 // max(1, inputs.size(0)) if on_cpu else inputs.size(1)
         predicted, reps, state = [], [], None
         for piece in inputs.split(max(1, piece_size), dim=1):
-            *outputs, state = self.stream(piece, state)
-            predicted.append(outputs[0])
-            reps.append(outputs[1])
+            piece_predicted, piece_reps, state = self.stream(piece, state)
+            predicted.append(piece_predicted)
+            reps.append(piece_reps)
         valid = valid_frames(lengths, inputs.size(1), inputs.device)[:, :, None]  # (B, T, 1)
         predicted_mel = torch.where(valid, torch.cat(predicted, 1), self.postnet.layer.bias)
         internal_reps = torch.cat(reps, 2).masked_fill_(~valid, 0)  # (L (+ 1), B, T, H)

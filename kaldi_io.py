@@ -147,6 +147,7 @@ def read_kaldi(path):
     with _damage(name):
         head, content = look_ahead(content, 1024)
     first_line = head.lstrip().split(b"\n")[0]
+    is_file = content is raw and path != "-"
     if path.removesuffix(".gz").removesuffix(".xz").endswith(".scp"):
         kind, blocks = "scp", scp_jobs(content, name)
     elif re.match(rb"\S+ \0B", head):
@@ -156,9 +157,9 @@ def read_kaldi(path):
             f"{name}: binary data, but no Kaldi archive: expected a text dump, an archive or a .scp"
         )
     elif re.match(rb"\S+[ \t]+\[", first_line):
-        kind, blocks = "text archive", text_jobs(content, name, "]", content is raw and path != "-")
+        kind, blocks = "text archive", text_jobs(content, name, "]", is_file)
     else:
-        kind, blocks = "text dump", text_jobs(content, name, ".", content is raw and path != "-")
+        kind, blocks = "text dump", text_jobs(content, name, ".", is_file)
 
     def jobs():
         done = 0
@@ -184,7 +185,8 @@ def _damage(name):
 def text_jobs(stream, name, end_mark, is_file):
     """Cut a text dump or archive into blocks of whole utterances -> (bytes, job).
 
-    If the stream is the file of that name, as it is, jobs read their blocks themselves.
+    If the stream is the file of that name, as it is, jobs read their blocks themselves: that is
+    faster than to send them to another process.
     """
     end_of_utterance = END_OF_UTTERANCE[end_mark]
     usual_end = b"\n.\n" if end_mark == "." else b"]\n"
