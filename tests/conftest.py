@@ -82,9 +82,9 @@ def run_script(name, *args, timeout=120, env=None, **kw):
 def run_forked(name, jobs, folder, timeout=240):
     """Run a script once for each job; every run is a fresh process, forked after `import torch`.
 
-    Only the import is shared, which makes a dozen short runs affordable. A job is a list of
-    arguments, or a pair (arguments, file): the file then receives what the model was fed, a list
-    of (training, inputs, lengths). Returns results like those of subprocess.run.
+    Only the import is shared, which makes a dozen short runs affordable; two run at a time. A job
+    is a list of arguments, or a pair (arguments, file): the file then receives what the model was
+    fed, a list of (training, inputs, lengths). Returns results like those of subprocess.run.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,9 +115,15 @@ def _fork_jobs():
     import torch.utils.tensorboard  # noqa: F401  (all of it paid once, before the forks)
 
     name, folder = sys.argv[1], Path(sys.argv[2])
-    codes = []
+    jobs = json.loads((folder / "jobs.json").read_text())
+    running, codes = {}, [None] * len(jobs)
+
+    def wait():
+        pid, status = os.wait()
+        codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+
     gc.freeze()  # else each process spends a second on collecting what it inherited as it ends
-    for i, (args, record) in enumerate(json.loads((folder / "jobs.json").read_text())):
+    for i, (args, record) in enumerate(jobs):
         pid = os.fork()
         if pid == 0:
             for fd, stream in ((1, "stdout"), (2, "stderr")):
@@ -127,7 +133,11 @@ def _fork_jobs():
             sys.argv = [name, *args]
             runpy.run_path(str(ROOT / name), run_name="__main__")
             sys.exit(0)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        running[pid] = i
+        if len(running) == 2:
+            wait()
+    while running:
+        wait()
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
