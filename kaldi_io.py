@@ -210,8 +210,11 @@ def text_jobs(stream, name, end_mark, is_file):
             # Twice as much each time: an utterance of many blocks is not searched many times.
             rest, size = block, max(BLOCK_SIZE, len(block))
             continue
-        source = functools.partial(read_part, name, position, end) if is_file else block[:end]
-        yield end, functools.partial(parse_text, source, line, name, end_mark)
+        where = (line, name, end_mark)
+        if is_file:
+            yield end, functools.partial(parse_part, position, end, *where)
+        else:
+            yield end, functools.partial(parse_text, block[:end], *where)
         position += end
         line += block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
@@ -219,25 +222,20 @@ def text_jobs(stream, name, end_mark, is_file):
         yield len(block), functools.partial(parse_text, block, line, name, end_mark)
 
 
-def read_part(path, offset, size):
-    with open(path, "rb") as file:
+def parse_part(offset, size, first_line, name, end_mark):
+    """parse_text() of the `size` bytes at `offset` of the file `name`."""
+    with open(name, "rb") as file:
         file.seek(offset)
-        return file.read(size)
+        block = file.read(size)
+    return parse_text(block, first_line, name, end_mark)
 
 
 def parse_text(block, first_line, name, end_mark):
     """Bytes of a text dump or archive, which start at line `first_line` of it -> utterances.
 
-    Args:
-        block: the bytes, or a callable that reads them.
-        first_line, name: for messages.
-        end_mark: "." in a dump, "]" in an archive.
-
     Raises:
         UserError: what stands there is no utterance.
     """
-    if callable(block):
-        block = block()
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
     if not block.endswith(b"\n"):
