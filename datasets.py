@@ -131,12 +131,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+def is_finished(path):
+    """Whether a folder is a prepared set: lengths.pkl is written last."""
+    return os.path.exists(os.path.join(path, "lengths.pkl"))
+
+
 def read_lengths(path):
     """lengths.pkl of the folder `path` -> dict {'<utt_id>.pt': frames}. UserError if it is not."""
     file_name = os.path.join(path, "lengths.pkl")
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder: make it with prepare_data.py")
-    if not os.path.exists(file_name):
+    if not is_finished(path):
         raise UserError(f"{path}: no lengths.pkl: prepare_data.py has not finished this folder")
     with open(file_name, "rb") as file:
         try:

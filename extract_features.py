@@ -76,6 +76,7 @@ from datasets import (
     LibriSpeech,
     collate,
     frame_counts,
+    is_finished,
     warn_of_other_data,
 )
 from load_pretrained import load_with_config, summary, training_data
@@ -227,7 +228,7 @@ class ArkWriter:
 
 def open_writer(args, residual, ids, rank, world_size):
     """Make save_dir ready -> the writer of the format. UserError if it is of another extraction."""
-    if os.path.exists(os.path.join(args.save_dir, "lengths.pkl")):
+    if is_finished(args.save_dir):
         raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
     about = {
         "checkpoint": args.checkpoint,

@@ -199,10 +199,16 @@ def normalise(job, save_dir, max_seq_len):
             frames = audio.apply_cmvn(frames, own_stats if stats is None else stats)
         checkpoint.save(pad(frames, max_seq_len), path, sync=False)
         os.remove(os.path.join(save_dir, f"{utt_id}.raw"))
-    return [utt_id for utt_id, _ in job]
 
 
 # In the main process ------------------------------------------------------------------------------
+
+
+def in_parts(items, size):
+    """A list -> (items so far, some of them), a job of `size` items each."""
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        yield start + len(part), part
 
 
 def leftovers(save_dir):
@@ -307,17 +313,11 @@ def second_pass(saved, args, bar):
             return False if args.cmvn == "none" else None
         return saved["stats"][saved["speakers"][utt_id]].numpy()
 
-    ids = list(saved["num_frames"])
-    chunks = [ids[start : start + 8] for start in range(0, len(ids), 8)]
-    jobs = ((0, [(utt_id, stats_of(utt_id)) for utt_id in chunk]) for chunk in chunks)
+    parts = in_parts(list(saved["num_frames"]), 8)
+    jobs = ((position, [(utt_id, stats_of(utt_id)) for utt_id in ids]) for position, ids in parts)
     function = partial(normalise, save_dir=args.save_dir, max_seq_len=args.max_seq_len)
-    for _, done in run_jobs(jobs, function, args.num_workers):
-        bar.update(len(done))
-
-
-def sync():
-    if hasattr(os, "sync"):
-        os.sync()
+    for position, _ in run_jobs(jobs, function, args.num_workers):
+        bar.update(position - bar.n)
 
 
 def parse_args(argv=None):
@@ -352,7 +352,7 @@ def main(argv=None):
         prepare(args)
         return
     whole = args.save_dir
-    if os.path.exists(os.path.join(whole, "lengths.pkl")):
+    if datasets.is_finished(whole):
         if args.resume:
             print(f"{whole}: is finished already")
             return
@@ -362,14 +362,14 @@ def main(argv=None):
     folders = [os.path.join(whole, f"shard-{k}-of-{count}") for k in range(1, count + 1)]
     args.save_dir = folders[number - 1]
     prepare(args)
-    waiting = [path for path in folders if not os.path.exists(os.path.join(path, "lengths.pkl"))]
+    waiting = [path for path in folders if not datasets.is_finished(path)]
     if waiting:
         print(f"{len(waiting)} of {len(folders)} shards are still to come")
         return
     try:
         join_shards(folders, whole)
     except (UserError, FileNotFoundError):
-        if not os.path.exists(os.path.join(whole, "lengths.pkl")):  # another process was faster
+        if not datasets.is_finished(whole):  # another process was faster
             raise
 
 
@@ -415,7 +415,8 @@ def finish(save_dir, prepared, lengths, skipped):
     for name in os.listdir(save_dir):  # of a source that has changed since an interruption
         if name.endswith(".pt") and name not in lengths:
             os.remove(os.path.join(save_dir, name))
-    sync()  # a crash of the machine must not leave lengths.pkl without its tensors
+    if hasattr(os, "sync"):  # a crash of the machine must not leave lengths.pkl without its tensors
+        os.sync()
     with checkpoint.atomic_write(os.path.join(save_dir, "lengths.pkl")) as file:
         pickle.dump(lengths, file, protocol=4)
     sweep(save_dir)
@@ -458,8 +459,7 @@ def prepare(args):
             files = share_of_audio(files, args, utt2spk)
         if args.overwrite and not args.skip_bad:  # all files may be of another rate
             audio.read_fbank(files[0][1], config)
-        kind, size = "audio", len(files)
-        jobs = ((min(i + 4, size), files[i : i + 4]) for i in range(0, size, 4))
+        kind, size, jobs = "audio", len(files), in_parts(files, 4)
         flags = {"resume": args.resume, "skip_bad": args.skip_bad}
         function = partial(save_raw_of_audio, config=config, **flags, **target)
     else:

@@ -64,7 +64,7 @@ def padded_batch(lengths, frames=FRAMES, seed=1):
     """Random inputs (B, frames, MEL), zero beyond each length; lengths as an int64 tensor."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(len(lengths), frames, MEL, generator=generator)
-    lengths = torch.tensor(list(lengths))
+    lengths = torch.tensor(lengths)
     return inputs * real(lengths, frames)[..., None], lengths
 
 
