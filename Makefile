@@ -31,8 +31,8 @@ bench: .venv/runtime
 	for stage in train_step epoch prepare_dump prepare_audio extract open_folder; do \
 		$(BIN)/python benchmarks/$$stage.py || exit 1; done
 
-evidence: .venv/runtime
-	$(BIN)/python benchmarks/evidence.py
+evidence: .venv/dev
+	$(BIN)/python experiments/evidence.py
 
 clean:
 	rm -rf .venv demo

@@ -11,13 +11,18 @@
 Shapes, here and everywhere: B batch, T frames, D mel_dim (log-Mel bins), H hidden units, L layers.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from utils import PrenetConfig, RNNConfig
 
 RNN_TYPES = {"gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def valid_frames(lengths, num_frames, device):
+def valid_frames(lengths: Tensor, num_frames: int, device: torch.device) -> Tensor:
     """(B,) lengths -> (B, T) bool on `device`, true where a frame lies within its utterance."""
     return torch.arange(num_frames, device=device) < lengths.to(device)[:, None]
 
@@ -29,13 +34,13 @@ class Prenet(nn.Module):
     residual connections reach the first of them too.
     """
 
-    def __init__(self, input_size, num_layers, hidden_size, dropout):
+    def __init__(self, input_size: int, num_layers: int, hidden_size: int, dropout: float):
         super().__init__()
         sizes = [input_size] + [hidden_size] * num_layers
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         # inputs: (B, T, D)
         for layer in self.layers:
             inputs = self.dropout(torch.relu(layer(inputs)))
@@ -48,11 +53,11 @@ class Postnet(nn.Module):
     It is a convolution of kernel 1, as in the original release, whose weights are (D, H, 1).
     """
 
-    def __init__(self, input_size, output_size=80):
+    def __init__(self, input_size: int, output_size: int = 80):
         super().__init__()
         self.layer = nn.Conv1d(input_size, output_size, kernel_size=1)
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         # inputs: (B, T, H)
         inputs = inputs.transpose(1, 2)  # (B, H, T)
         return self.layer(inputs).transpose(1, 2)  # (B, T, D)
@@ -75,7 +80,7 @@ class APCModel(nn.Module):
         ValueError: the sizes do not fit together, or the RNN is neither `gru` nor `lstm`.
     """
 
-    def __init__(self, mel_dim, prenet_config, rnn_config):
+    def __init__(self, mel_dim: int, prenet_config: PrenetConfig | None, rnn_config: RNNConfig):
         super().__init__()
         self.mel_dim = mel_dim
         first = rnn_config if prenet_config is None else prenet_config
@@ -112,11 +117,11 @@ class APCModel(nn.Module):
         self.rnn_residual = rnn_config.residual
         self.postnet = Postnet(input_size=hidden_size, output_size=mel_dim)
 
-    def forward(self, inputs, lengths):
-        """Predict every frame's successor n steps on, and give the features on the way.
+    def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the frame n steps ahead of every frame, and return the features on the way.
 
-        The model is causal and the padding stands on the right, so that it cannot reach a real
-        frame: the batch goes through unpacked, and what lies beyond `lengths` is masked afterwards.
+        The model is causal and the padding is on the right, where it cannot reach a real frame:
+        the batch goes through unpacked, and what lies beyond `lengths` is masked afterwards.
 
         Args:
             inputs: (B, T, D) float, zero-padded log-Mel frames.
@@ -127,44 +132,32 @@ class APCModel(nn.Module):
             internal_reps: (L, B, T, H), or (L + 1, B, T, H) with the prenet's output first; beyond
                 `lengths` 0. The last, internal_reps[-1], is the papers' feature.
         """
-        # On a CPU in pieces of T: buffers above 32 MiB would go back to the system, and be fetched
-        # again page by page, in every step.
-        on_cpu = inputs.device.type == "cpu"
-        piece_size = 4096 // max(1, inputs.size(0)) if on_cpu else inputs.size(1)
-        predicted, reps, state = [], [], None
-        for piece in inputs.split(max(1, piece_size), dim=1):
-            piece_predicted, piece_reps, state = self.stream(piece, state)
-            predicted.append(piece_predicted)
-            reps.append(piece_reps)
+        predicted_mel, internal_reps = self._in_chunks(inputs)
         valid = valid_frames(lengths, inputs.size(1), inputs.device)[:, :, None]  # (B, T, 1)
-        predicted_mel = torch.where(valid, torch.cat(predicted, 1), self.postnet.layer.bias)
-        internal_reps = torch.cat(reps, 2).masked_fill_(~valid, 0)  # (L (+ 1), B, T, H)
-        return predicted_mel, internal_reps
+        predicted_mel = torch.where(valid, predicted_mel, self.postnet.layer.bias)
+        return predicted_mel, internal_reps.masked_fill_(~valid, 0)
 
-    def stream(self, inputs, state=None):
-        """forward() for speech that is still coming in: what it gives follows from the past alone.
+    def stream(
+        self, inputs: Tensor, state: list | None = None
+    ) -> tuple[Tensor, Tensor, list | None]:
+        """forward() for speech that is still coming in: each chunk's outputs need only the past.
 
         Chunks of any sizes, put together, give what forward() gives for the whole (to 1e-5). Call
         it in eval mode, and under torch.inference_mode() if no gradient is wanted.
 
         Args:
             inputs: (B, T, D) float, the next T >= 0 frames of each of B utterances.
-            state: what the call before returned; None at the start of the utterances.
+            state: what the previous call returned; None at the start of the utterances.
 
         Returns:
             predicted_mel: (B, T, D).
             internal_reps: (L, B, T, H), or (L + 1, B, T, H) with the prenet's output first.
             state: list of L layers' states; (1, B, H) for a GRU, a pair of them for an LSTM.
         """
-        if inputs.size(1) == 0:  # nn.GRU refuses it
+        if inputs.size(1) == 0:  # which nn.GRU refuses
             num_reps = len(self.rnns) + (self.prenet is not None)
             hidden_size = self.rnns[0].hidden_size
             return inputs, inputs.new_zeros(num_reps, inputs.size(0), 0, hidden_size), state
-        reps, state = self._layers(inputs, state)
-        return self.postnet(reps[-1]), torch.stack(reps), state
-
-    def _layers(self, inputs, state=None):
-        """(B, T, D), layers' states -> outputs of prenet and RNN layers, each (B, T, H); states."""
         reps, new_state = [], []
         if self.prenet is not None:
             inputs = self.prenet(inputs)  # (B, T, H)
@@ -178,21 +171,38 @@ class APCModel(nn.Module):
             reps.append(outputs)
             new_state.append(rnn_state)
             inputs = outputs
-        return reps, new_state
+        return self.postnet(outputs), torch.stack(reps), new_state
+
+    def _in_chunks(self, inputs):
+        """stream() from the start to the end -> predicted_mel, internal_reps.
+
+        On a CPU in chunks of T: buffers above 32 MiB would go back to the system, and be fetched
+        again page by page, in every step.
+        """
+        on_cpu = inputs.device.type == "cpu"
+        chunk_size = 4096 // max(1, inputs.size(0)) if on_cpu else inputs.size(1)
+        predicted, reps, state = [], [], None
+        for chunk in inputs.split(max(1, chunk_size), dim=1):
+            chunk_predicted, chunk_reps, state = self.stream(chunk, state)
+            predicted.append(chunk_predicted)
+            reps.append(chunk_reps)
+        return torch.cat(predicted, dim=1), torch.cat(reps, dim=2)
 
 
-def apc_loss(predicted_mel, inputs, lengths, time_shift, seq_len, bias):
+def apc_loss(
+    predicted_mel: Tensor,
+    inputs: Tensor,
+    lengths: Tensor,
+    time_shift: int,
+    seq_len: int,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
     """The L1 loss of a batch [1, Equation 2], as two sums: over real and over padded positions.
 
     Training and validation of the original release average over all `seq_len - n` positions of
     every utterance as it lies on disk, padding included. In the padding the prediction is the
-    postnet's bias and the target is 0, so that part needs no computing, frame by frame: the batch
-    may be cut to its longest utterance.
-
-    With n = time_shift, B utterances and a position's error averaged over the D bins:
-
-        the original's loss       (real + padding) / (B * (seq_len - n))
-        over real frames alone    real / sum(lengths - n)
+    postnet's bias and the target is 0, so that part needs no computing frame by frame: the batch
+    may be cut to its longest utterance. mean_losses() makes means of the sums.
 
     Args:
         predicted_mel: (B, T - n, D), what the model makes of inputs[:, :-n] and lengths - n.
@@ -203,7 +213,7 @@ def apc_loss(predicted_mel, inputs, lengths, time_shift, seq_len, bias):
         bias: (D,), the postnet's bias.
 
     Returns:
-        real, padding: scalar tensors in float32.
+        real, padding: scalar float32 tensors; each position's error is the mean over its D bins.
     """
     lengths = lengths.to(inputs.device)
     target = inputs[:, time_shift:]  # (B, T - n, D)
@@ -211,3 +221,33 @@ def apc_loss(predicted_mel, inputs, lengths, time_shift, seq_len, bias):
     real = error.masked_fill(~valid_frames(lengths - time_shift, error.size(1), error.device), 0)
     padded = ((seq_len - lengths) * (lengths > 0)).sum()
     return real.sum(), padded * bias.abs().mean()
+
+
+class MeanLosses(NamedTuple):
+    """The two means of a summed L1 loss: numbers, or scalar tensors if the sums are."""
+
+    with_padding: float | Tensor  # the original's: over all positions, padding included
+    per_real_frame: float | Tensor
+
+
+def mean_losses(
+    real: float | Tensor,
+    padding: float | Tensor,
+    utterances: int,
+    frames: int,
+    time_shift: int,
+    seq_len: int,
+) -> MeanLosses:
+    """The sums of apc_loss() over any number of batches -> their means.
+
+    Args:
+        real, padding: the summed errors.
+        utterances, frames: how many of each went into them.
+        time_shift, seq_len: as in apc_loss().
+    """
+    if not utterances:  # every step of an epoch was skipped
+        return MeanLosses(math.nan, math.nan)
+    return MeanLosses(
+        (real + padding) / (utterances * (seq_len - time_shift)),
+        real / (frames - time_shift * utterances),
+    )

@@ -1,16 +1,20 @@
 """A prepared folder read back: utterances, batches, and the order in which they come."""
 
 import logging
+import multiprocessing.queues
 import os
 import pickle
+import shutil
+import signal
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils import data
 
-import audio
-import checkpoint
-from utils import UserError
+from utils import UserError, is_plain, load, read_json
 
 
 class LibriSpeech(data.Dataset):
@@ -28,13 +32,13 @@ class LibriSpeech(data.Dataset):
     Attributes:
         ids: file names, in the order of the items.    lengths: dict file name -> frames.
         seq_len: frames of every stored tensor.        mel_dim: D.
-        prepared: how the folder was made (prepared.json), or None where nobody wrote it down.
+        prepared: how the folder was made (prepared.json), or None if that is not known.
 
     Raises:
         UserError: the folder is unfinished or damaged, or holds no utterance long enough.
     """
 
-    def __init__(self, path, time_shift=0):
+    def __init__(self, path: str | os.PathLike, time_shift: int = 0):
         self.path = path
         self.lengths = read_lengths(path)
         missing = sorted(self.lengths.keys() - set(os.listdir(path)))
@@ -63,10 +67,10 @@ class LibriSpeech(data.Dataset):
         # Every tensor of a folder has the shape of the first one.
         self.seq_len, self.mel_dim = self._read(self.ids[0]).shape
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         name = self.ids[index]
         frames, length = self._read(name), self.lengths[name]
         if frames.shape != (self.seq_len, self.mel_dim) or length > self.seq_len:
@@ -77,51 +81,35 @@ class LibriSpeech(data.Dataset):
             )
         return frames, length
 
+    def read_chunks(self, index: int, size: int = 4096) -> Iterator[Tensor]:
+        """Yield an utterance's frames, (at most size, D) at a time."""
+        frames, length = self[index]
+        yield from frames[:length].split(size)
+
     def _read(self, name):
         path = os.path.join(self.path, name)
-        frames = checkpoint.load(path)
-        if not (
-            checkpoint.is_plain(frames) and frames.dtype == torch.float32 and frames.dim() == 2
-        ):
+        frames = load(path)
+        if not (is_plain(frames) and frames.dtype == torch.float32 and frames.dim() == 2):
             raise UserError(f"{path}: expected a float32 tensor (frames, mel_dim)")
         return frames
 
 
-class AudioFiles(data.Dataset):
-    """Audio files as log-Mel utterances, computed as they are asked for, and never cut.
+class Utterances(data.ConcatDataset):
+    """One or several datasets as one. Items: (frames (seq_len, D), length, utterance id).
 
-    Args:
-        files: [(utterance id, path)], as audio.find_audio lists them.
-        config: audio.FbankConfig.
-        stats: dict utterance id -> the CMVN statistics (audio.cmvn_stats) that normalise it; None
-            for no CMVN.
-        num_frames: dict utterance id -> frames.
-
-    Items and attributes are those of LibriSpeech, but the tensors are as long as the utterances.
+    Attributes:
+        ids: utterance ids.    num_frames: (N,) int64, the frames of each.    mel_dim: D.
     """
 
-    def __init__(self, files, config, stats, num_frames):
-        self.files = files
-        self.config = config
-        self.stats = stats
-        self.ids = [f"{utt_id}.pt" for utt_id, _ in files]
-        self.lengths = {f"{utt_id}.pt": num_frames[utt_id] for utt_id, _ in files}
-        self.mel_dim = config.num_mel_bins
+    def __init__(self, parts: list):
+        super().__init__(parts)
+        names = [(part, name) for part in parts for name in part.ids]
+        self.ids = [name.removesuffix(".pt") for _, name in names]
+        self.num_frames = np.array([part.lengths[name] for part, name in names])
+        self.mel_dim = parts[0].mel_dim
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        utt_id, path = self.files[index]
-        frames = audio.read_fbank(path, self.config)
-        if self.stats is not None:
-            frames = audio.apply_cmvn(frames, self.stats[utt_id])
-        return torch.from_numpy(frames), len(frames)
-
-
-def frame_counts(dataset):
-    """(len(dataset),) int64, the frames of each item."""
-    return np.array([dataset.lengths[name] for name in dataset.ids])
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        return *super().__getitem__(index), self.ids[index]
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -131,13 +119,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def is_finished(path):
+def is_finished(path: str | os.PathLike) -> bool:
     """Whether a folder is a prepared set: lengths.pkl is written last."""
     return os.path.exists(os.path.join(path, "lengths.pkl"))
 
 
-def read_lengths(path):
-    """lengths.pkl of the folder `path` -> dict {'<utt_id>.pt': frames}. UserError if it is not."""
+def read_lengths(path: str | os.PathLike) -> dict[str, int]:
+    """lengths.pkl of the folder `path` -> dict {'<utt_id>.pt': frames}.
+
+    Raises:
+        UserError: there is none, or it holds anything else.
+    """
     file_name = os.path.join(path, "lengths.pkl")
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder: make it with prepare_data.py")
@@ -163,15 +155,15 @@ def read_lengths(path):
     return lengths
 
 
-def read_prepared(path):
-    """prepared.json of the folder `path` -> dict, or None: the original release wrote none."""
-    return checkpoint.read_json(os.path.join(path, "prepared.json"))
+def read_prepared(path: str | os.PathLike) -> dict | None:
+    """prepared.json of the folder `path`, or None: the original release wrote none."""
+    return read_json(os.path.join(path, "prepared.json"))
 
 
-def warn_of_other_data(trained, dataset):
+def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
     """Log a warning if a folder was made in another way than what a model was trained on.
 
-    `trained` is the training data's prepared.json, or None where that is not known.
+    `trained` is the training data's prepared.json, or None if that is not known.
     """
     for key in ("source", "fbank", "cmvn"):
         if trained and dataset.prepared and trained.get(key) != dataset.prepared.get(key):
@@ -184,16 +176,20 @@ def warn_of_other_data(trained, dataset):
             )
 
 
-def collate(items):
-    """Items -> inputs (B, longest, D) float32, lengths (B,) int64: cut to the longest utterance.
+# Batches ------------------------------------------------------------------------------------------
 
-    A process whose share of a batch is empty gets tensors of no utterance.
+
+def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
+    """Items of Utterances -> inputs (B, longest, D) float32, lengths (B,) int64, utterance ids.
+
+    The batch is cut to its longest utterance. A process whose share of a batch is empty gets
+    tensors of no utterance.
     """
     if not items:
-        return torch.zeros(0, 0, 0), torch.zeros(0, dtype=torch.int64)
-    lengths = torch.tensor([length for _, length in items])
-    frames = [frames[: lengths.max()] for frames, _ in items]
-    return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths
+        return torch.zeros(0, 0, 0), torch.zeros(0, dtype=torch.int64), []
+    frames, lengths, ids = zip(*items)
+    frames = [utterance[: max(lengths)] for utterance in frames]
+    return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), torch.tensor(lengths), [*ids]
 
 
 class BatchSampler(data.Sampler):
@@ -212,7 +208,14 @@ class BatchSampler(data.Sampler):
     WINDOW = 100  # batches
 
     def __init__(
-        self, lengths, batch_size, shuffle=True, bucketing=True, seed=0, rank=0, world_size=1
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        shuffle: bool = True,
+        bucketing: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
@@ -223,16 +226,16 @@ class BatchSampler(data.Sampler):
         self.world_size = world_size
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, start_batch=0):
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """The next iteration yields epoch `epoch`, from batch `start_batch` on."""
         self.epoch = epoch
         self.start_batch = start_batch
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Batches of a whole epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng([self.seed, self.epoch])
         order = np.arange(len(self.lengths))
         if self.shuffle:
@@ -248,3 +251,75 @@ class BatchSampler(data.Sampler):
             random.shuffle(starts)
         for start in starts[self.start_batch :]:
             yield order[start : start + self.batch_size][self.rank :: self.world_size].tolist()
+
+
+def build_loader(
+    dataset: Utterances,
+    batch_sampler: Any,
+    batch_frames: int,
+    num_workers: int,
+    device: torch.device,
+    world_size: int = 1,
+    persistent: bool = False,
+) -> data.DataLoader:
+    """A DataLoader of (inputs, lengths, ids), as collate() gives them; read it with read_batches().
+
+    `batch_frames` is the most frames of a batch, padding included.
+
+    Raises:
+        UserError: there is too little shared memory for its workers' batches.
+    """
+    if num_workers and os.path.isdir("/dev/shm"):
+        # Two batches for each worker, and one that is read.
+        needed = int(batch_frames) * dataset.mel_dim * 4 * (2 * num_workers + 1)
+        free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if needed > free:
+            raise UserError(
+                f"/dev/shm has {free >> 20} MiB for this process, but {num_workers} workers may "
+                f"need {needed >> 20} MiB: use --load_data_workers 0, lower --batch_size, or give "
+                "the container more with --shm-size"
+            )
+    return data.DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=persistent and num_workers > 0,
+        # Where processes talk to each other not by a fork: if the thread that does the talking
+        # holds Python's lock just then, the worker waits for it for ever.
+        multiprocessing_context="spawn" if num_workers and world_size > 1 else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_prepare_worker,
+        generator=torch.Generator(),  # or the loader would draw from dropout's numbers
+    )
+
+
+def _prepare_worker(_):
+    # Signals that reach the whole process group are for the main process, but a worker can be
+    # killed by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A batch that cannot be handed over, for lack of memory or descriptors, would be lost, and the
+    # main process would wait for it for ever; that of a dead worker is noticed.
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+
+
+def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Yield a loader's batches.
+
+    Raises:
+        UserError: an utterance cannot be used, or a worker process cannot go on.
+    """
+    try:
+        iterator = iter(loader)
+        # PyTorch's handler would raise in the middle of a step when a worker ends. Without it, the
+        # loader notices within five seconds, while it waits for a batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from iterator
+    except (UserError, OSError, RuntimeError) as error:
+        # A worker's error comes as the text of its traceback, which ends with the message.
+        last_line = str(error).strip().splitlines()[-1]
+        if isinstance(error, UserError):
+            raise UserError(last_line.removeprefix("utils.UserError: ")) from None
+        raise UserError(f"a process that loads data cannot go on: {last_line}") from None

@@ -6,31 +6,71 @@
         --format ark --layer mean
     torchrun --nproc_per_node=4 extract_features.py ...        # the utterances shared out
 
-Writes a float32 matrix (frames, hidden size) an utterance: the last layer's outputs, as in the
-papers. With --layer all or a list, (layers, frames, hidden size); a prenet's output is layer 0.
+Writes a float32 matrix (frames, hidden size) for each utterance: the last layer's outputs, as in
+the papers. With --layer all or a list, (layers, frames, hidden size); a prenet's output is layer 0.
 """
 
 import argparse
+import datetime
+import glob
+import itertools
+import logging
 import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import data
+from tqdm import tqdm
+
+from apc_model import APCModel
+from datasets import (
+    BatchSampler,
+    LibriSpeech,
+    Utterances,
+    build_loader,
+    is_finished,
+    read_batches,
+    warn_of_other_data,
+)
+from formats import audio
+from formats.kaldi import read_utt2spk
+from load_pretrained import (
+    add_residual_flags,
+    checksum,
+    load_with_config,
+    summary,
+    training_data,
+)
 from utils import (
     HelpFormatter,
     UserError,
-    add_residual_flags,
-    loader_context,
+    atomic_write,
+    lock_folder,
     not_negative,
     num_cores,
+    on_each_core,
     positive,
-    run,
+    read_json,
+    report_machine_errors,
     run_jobs,
+    run_main,
+    save,
     setup_logging,
     start_processes,
+    write_json,
 )
 
+MAX_FRAMES = 1 << 16  # through the model at once, padding included; longer utterances are streamed
 
-def build_parser():
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description="Write a trained model's hidden states as features of speech.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
@@ -46,7 +86,7 @@ def build_parser():
     add("--layer", default="last", help=f"which layers' outputs: {layer}")
     add("--format", choices=["pt", "npy", "ark"], default="pt", help="ark: Kaldi's, with feats.scp")
     add("--dtype", choices=["float32", "float16"], default="float32", help="of the numbers")
-    add("--resume", action="store_true", help="go on: skip the utterances that are there")
+    add("--resume", action="store_true", help="skip the utterances that are there (.pt, .npy)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch_size", type=positive, default=32, help="utterances at a time, over all processes")
     add("--load_data_workers", type=not_negative, default=2, help="processes that load data")
@@ -54,37 +94,27 @@ def build_parser():
     return parser
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()  # --help must not wait for torch
-
-import contextlib
-import logging
-import re
-from functools import partial
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-import audio
-import checkpoint
-import kaldi_io
-from datasets import (
-    AudioFiles,
-    BatchSampler,
-    LibriSpeech,
-    collate,
-    frame_counts,
-    is_finished,
-    warn_of_other_data,
-)
-from load_pretrained import load_with_config, summary, training_data
-
-MAX_FRAMES = 1 << 16  # padded frames through the model at once, unless an utterance has more
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.utt2spk and args.audio is None:
+        parser.error("--utt2spk is for --audio: a prepared folder is normalised already")
+    if args.format == "ark":
+        if args.layer == "all" or "," in args.layer:
+            parser.error(f"--format ark holds matrices, but --layer {args.layer} gives several")
+        if args.dtype != "float32":
+            parser.error("--format ark: Kaldi has no float16: leave --dtype float32")
+        if args.resume:
+            parser.error("--format ark cannot be resumed: extract again, or use --format npy")
+        if not re.fullmatch(r"[^,\ud800-\udfff]+", os.path.abspath(args.save_dir)):
+            parser.error(f"--format ark: --save_dir {args.save_dir!r}: its path has a comma")
+    return args
 
 
-def choose_layers(name, num_layers):
+# The model's and the data's side ------------------------------------------------------------------
+
+
+def choose_layers(name: str, num_layers: int) -> Callable[[Tensor], Tensor]:
     """The flag --layer -> a function from internal_reps (L, B, T, H) to ((layers,) B, T, H)."""
     if name == "mean":
         return lambda reps: reps.mean(dim=0)
@@ -101,146 +131,181 @@ def choose_layers(name, num_layers):
     return lambda reps: reps[numbers]
 
 
-def open_audio(args, data):
-    """--audio, and how the model's training data were made (or None) -> AudioFiles.
+class AudioFiles(data.Dataset):
+    """Audio files as log-Mel utterances, computed as they are asked for, and never cut.
+
+    Args:
+        files: [(utterance id, path)], as audio.find_audio lists them.
+        fbank: audio.fbank_settings.
+        stats: dict utterance id -> the CMVN statistics (audio.cmvn_stats) that normalise it; None
+            for no CMVN.
+        num_frames: dict utterance id -> frames.
+
+    Items and attributes are those of LibriSpeech, but the tensors are as long as the utterances.
+    """
+
+    def __init__(self, files: list, fbank: dict, stats: dict | None, num_frames: dict):
+        self.files = files
+        self.fbank = fbank
+        self.stats = stats
+        self.ids = [f"{utt_id}.pt" for utt_id, _ in files]
+        self.lengths = {f"{utt_id}.pt": num_frames[utt_id] for utt_id, _ in files}
+        self.mel_dim = fbank["num_mel_bins"]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        utt_id, path = self.files[index]
+        frames = audio.read_fbank(path, self.fbank)
+        if self.stats is not None:
+            frames = audio.apply_cmvn(frames, self.stats[utt_id])
+        return torch.from_numpy(frames), len(frames)
+
+    def read_chunks(self, index: int) -> Iterator[Tensor]:
+        """Yield an utterance's frames, some of them (t, D) at a time."""
+        utt_id, path = self.files[index]
+        for frames in audio.read_fbank_blocks(path, self.fbank):
+            if self.stats is not None:
+                frames = audio.apply_cmvn(frames, self.stats[utt_id])
+            yield torch.from_numpy(frames)
+
+
+def open_audio(args: argparse.Namespace, prepared: dict | None) -> AudioFiles:
+    """--audio, treated as the model's training data (their prepared.json; None if unknown).
 
     All files are read once beforehand: for what is wrong with one, for speakers' statistics.
     """
-    config, cmvn = audio.FbankConfig(), "speaker"
-    if data and data.get("source") == "audio":
-        config, cmvn = audio.FbankConfig(**data["fbank"]), data["cmvn"]
+    fbank, cmvn = audio.fbank_settings(), "speaker"
+    if prepared and prepared.get("source") == "audio":
+        fbank, cmvn = audio.fbank_settings(prepared["fbank"]), prepared["cmvn"]
     else:
         logging.warning(
             "how the features that the model was trained on were made is not known: taking the "
             "original's fbank settings and CMVN by speaker"
         )
-    files = audio.find_audio(args.audio)
     if args.utt2spk and cmvn != "speaker":
         raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
-    utt2spk = kaldi_io.read_utt2spk(args.utt2spk) if args.utt2spk else None
-    num_frames, stats, speakers = {}, {}, {}
-    jobs = enumerate(files)
-    for _, (utt_id, path, frames, utt_stats) in run_jobs(
-        jobs, partial(measure, config=config), num_cores()
-    ):
-        speaker = audio.speaker_of(utt_id, path, cmvn, utt2spk)
-        speakers[utt_id] = utt_id if speaker is None else speaker
-        stats[speakers[utt_id]] = stats.get(speakers[utt_id], 0) + utt_stats
+    utt2spk = read_utt2spk(args.utt2spk) if args.utt2spk else None
+    files = audio.find_audio(args.audio)
+    num_frames, group_of, stats = {}, {}, {}
+    for utt_id, path, frames, utt_stats in run_jobs(files, partial(measure, fbank), num_cores()):
+        group = audio.cmvn_group(utt_id, path, cmvn, utt2spk)
+        group_of[utt_id] = group
+        stats[group] = stats.get(group, 0) + utt_stats
         num_frames[utt_id] = frames
-    if cmvn == "global":
-        stats = {"": np.array(data["cmvn_stats"])}
-    of_utt = {utt_id: stats[speaker] for utt_id, speaker in speakers.items()}
-    return AudioFiles(files, config, None if cmvn == "none" else of_utt, num_frames)
+    if cmvn == "none":
+        return AudioFiles(files, fbank, None, num_frames)
+    if cmvn == "global":  # the training data's statistics
+        stats = dict.fromkeys(stats, np.array(prepared["cmvn_stats"]))
+    utt_stats = {utt_id: stats[group] for utt_id, group in group_of.items()}
+    return AudioFiles(files, fbank, utt_stats, num_frames)
 
 
-def measure(job, config):
-    """(utterance id, path) -> (both, frames, CMVN statistics). Runs in a worker."""
-    frames = audio.read_fbank(job[1], config)
-    return *job, len(frames), audio.cmvn_stats(frames)
+def measure(fbank: dict, file: tuple[str, str]) -> tuple[str, str, int, np.ndarray]:
+    """(utterance id, path) -> both, frames, CMVN statistics. Runs in a worker."""
+    stats = sum(map(audio.cmvn_stats, audio.read_fbank_blocks(file[1], fbank)))
+    return *file, int(stats[0, -1]), stats
+
+
+def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None):
+    """--data_dir or --audio -> LibriSpeech or AudioFiles; UserError if the model cannot read it."""
+    if args.audio is not None:
+        dataset = open_audio(args, prepared)
+    else:
+        dataset = LibriSpeech(args.data_dir)
+        warn_of_other_data(prepared, dataset)
+    if dataset.mel_dim != model.mel_dim:
+        raise UserError(
+            f"{args.data_dir or args.audio}: its frames have {dataset.mel_dim} numbers, but the "
+            f"model {args.checkpoint} reads {model.mel_dim}"
+        )
+    return dataset
+
+
+# The features' side -------------------------------------------------------------------------------
 
 
 class FileWriter:
-    """A file an utterance: <utt_id>.pt or .npy."""
+    """A file for each utterance: <utt_id>.pt or .npy."""
 
-    def __init__(self, save_dir, ending, resume):
+    def __init__(self, save_dir: str, ending: str):
         self.save_dir = save_dir
         self.ending = ending
-        self.resume = resume
 
-    def path(self, utt_id):
+    def path(self, utt_id: str) -> str:
         return os.path.join(self.save_dir, f"{utt_id}.{self.ending}")
 
-    def has(self, utt_id):
+    def is_done(self, utt_id: str) -> bool:
         path = self.path(utt_id)  # empty after a crash of the machine
-        return self.resume and os.path.exists(path) and os.path.getsize(path) > 0
+        return os.path.exists(path) and os.path.getsize(path) > 0
 
-    def write(self, utt_id, features):
+    def write(self, utt_id: str, features: Tensor) -> None:
         if self.ending == "pt":
-            checkpoint.save(features, self.path(utt_id), sync=False)
-        else:
-            checkpoint.save_arrays([features.numpy()], self.path(utt_id), sync=False)
+            save(features, self.path(utt_id), sync=False)
+            return
+        with atomic_write(self.path(utt_id), sync=False) as file:
+            # Not np.save, which overlooks that a disk is full.
+            header = np.lib.format.header_data_from_array_1_0(features.numpy())
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(features.numpy())
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 class ArkWriter:
-    """Kaldi's <name>.ark and <name>.scp, under these names only when they are complete.
+    """Kaldi's <name>.ark, and <name>.scp.part, which join_scps() makes part of feats.scp."""
 
-    It goes on with what an earlier one left there.
-    """
-
-    def __init__(self, save_dir, name):
-        self.path = os.path.abspath(os.path.join(save_dir, name))
-        self.finished = os.path.exists(f"{self.path}.scp")
-        if self.finished:
-            with contextlib.suppress(FileNotFoundError):  # close() was cut off
-                os.remove(f"{self.path}.scp.part")
-            with open(f"{self.path}.scp", "rb") as file:
-                self.ids = {line.split(b" ")[0].decode() for line in file}
-            return
-        if os.path.exists(f"{self.path}.ark"):  # close() was cut off
-            os.replace(f"{self.path}.ark", f"{self.path}.ark.part")
-        self.ark = open(f"{self.path}.ark.part", "ab")  # noqa: SIM115
-        self.scp = open(f"{self.path}.scp.part", "ab+")  # noqa: SIM115
-        self.scp.seek(0)
-        lines = [line for line in self.scp if line.endswith(b"\n")]
-        # The last line's utterance is made again: where it begins, the ones before it end. After a
-        # crash of the machine the archive may be shorter than that.
-        end, size = 0, self.ark.seek(0, os.SEEK_END)
-        while lines:
-            last = lines.pop()
-            start = int(last.rsplit(b":")[-1]) - len(last.split(b" ")[0]) - 1
-            if start <= size:
-                end = start
-                break
-        self.ark.truncate(end)
-        self.scp.truncate(sum(map(len, lines)))
-        self.ids = {line.split(b" ")[0].decode() for line in lines}
-
-    def has(self, utt_id):
-        return utt_id in self.ids
-
-    def write(self, utt_id, features):
-        if self.finished:
-            raise UserError(f"{self.path}.ark: is finished, and without {utt_id}: start anew")
+    def __init__(self, save_dir: str, name: str):
         import kaldiio
 
-        start = self.ark.seek(0, os.SEEK_END)
-        offset = start + len(utt_id.encode()) + 1  # of the matrix, behind "utt_id "
-        kaldiio.save_ark(self.ark, {utt_id: features.numpy()})
-        self.ark.flush()
-        self.scp.write(os.fsencode(f"{utt_id} {self.path}.ark:{offset}\n"))
-        self.scp.flush()
+        self.path = os.path.abspath(os.path.join(save_dir, name))
+        self.helper = kaldiio.WriteHelper(f"ark,scp:{self.path}.ark,{self.path}.scp.part")
 
-    def close(self):
-        if self.finished:
-            return
-        os.fsync(self.ark.fileno())
-        self.ark.close()
-        os.replace(f"{self.path}.ark.part", f"{self.path}.ark")
-        self.scp.seek(0)
-        with checkpoint.atomic_write(f"{self.path}.scp") as file:
-            file.writelines(sorted(self.scp))
-        self.scp.close()
-        os.remove(f"{self.path}.scp.part")
+    def write(self, utt_id: str, features: Tensor) -> None:
+        if re.search(r"[\s\ud800-\udfff]", utt_id):
+            raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
+        self._write(self.helper, utt_id, features.numpy())
+
+    def close(self) -> None:
+        self._write(self.helper.close)
+
+    def _write(self, function, *args):
+        try:
+            function(*args)
+        except OSError as error:
+            raise UserError(f"{self.path}.ark: {error.strerror}") from None
 
 
-def open_writer(args, residual, ids, rank, world_size):
-    """Make save_dir ready -> the writer of the format. UserError if it is of another extraction."""
+def join_scps(save_dir: str) -> None:
+    """The archives' feats*.scp.part -> feats.scp, sorted as Kaldi wants it."""
+    lines, parts = [], glob.glob(os.path.join(glob.escape(save_dir), "feats*.scp.part"))
+    for part in parts:
+        with open(part, "rb") as file:
+            lines += file
+    with atomic_write(os.path.join(save_dir, "feats.scp")) as file:
+        file.writelines(sorted(lines))
+    for part in parts:
+        os.remove(part)
+
+
+def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
+    """Make save_dir ready; UserError if it holds anything that is not of this extraction."""
     if is_finished(args.save_dir):
         raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
+    os.makedirs(args.save_dir, exist_ok=True)
+    lock_folder(args.save_dir)
     about = {
-        "checkpoint": args.checkpoint,
-        "source": args.data_dir or args.audio,
-        "residual": residual,
+        "weights": checksum(model),
+        "source": os.path.realpath(args.data_dir or args.audio),
+        "residual": bool(model.rnn_residual),
         "layer": args.layer,
         "format": args.format,
         "dtype": args.dtype,
-        "processes": world_size if args.format == "ark" else None,
     }
     path = os.path.join(args.save_dir, "features.json")
-    before = checkpoint.read_json(path) if args.resume else None
+    before = read_json(path) if args.resume else None
     if before is not None:
         for key, value in about.items():
             if before.get(key) != value:
@@ -248,112 +313,135 @@ def open_writer(args, residual, ids, rank, world_size):
                     f"{path}: {key} was {before.get(key)!r} when this was begun, and is {value!r} "
                     "now: --resume needs the same"
                 )
-    elif rank == 0:
-        os.makedirs(args.save_dir, exist_ok=True)
-        ours = (".pt", ".npy", ".ark", ".scp", ".part", "features.json")
-        there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
-        if there:
-            raise UserError(
-                f"{args.save_dir}: holds files like {there[0]}: choose another --save_dir, or "
-                "--resume what was begun there"
-            )
-        checkpoint.write_json(about, path)
-    if world_size > 1:
-        dist.barrier()
-    if args.format != "ark":
-        return FileWriter(args.save_dir, args.format, args.resume)
-    for utt_id in ids:
-        if re.search(r"[\s\ud800-\udfff]", utt_id):
-            raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
-    return ArkWriter(args.save_dir, f"feats.{rank + 1}" if world_size > 1 else "feats")
-
-
-def extract(model, loader, device, choose, dtype):
-    """Run a loader's utterances through the model -> (utterance id, ((layers,) T, H)) of each."""
-    dataset, todo = loader.dataset.dataset, loader.dataset.indices
-    # The order is fixed, so that a second round of the sampler tells what a batch holds.
-    for (inputs, lengths), indices in zip(loader, loader.batch_sampler):
-        # Long recordings go through in smaller batches than asked for.
-        part = max(1, MAX_FRAMES // inputs.size(1))
-        for start in range(0, len(indices), part):
-            part_lengths = lengths[start : start + part]
-            part_inputs = inputs[start : start + part, : part_lengths.max()]
-            _, internal_reps = model(part_inputs.to(device, non_blocking=True), part_lengths)
-            features = choose(internal_reps).to(dtype).cpu()  # ((layers,) B, T, H)
-            for i, length in enumerate(part_lengths.tolist()):
-                utt_id = dataset.ids[todo[indices[start + i]]].removesuffix(".pt")
-                yield utt_id, features[..., i, :length, :].clone()
-
-
-def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.utt2spk and args.audio is None:
-        parser.error("--utt2spk is for --audio: a prepared folder is normalised already")
-    setup_logging()
-    rank, world_size, device = start_processes(args.device)
-    model, config = load_with_config(args.checkpoint, device, args.residual)
-    trained = training_data(config, args.checkpoint)
-    choose = choose_layers(args.layer, len(model.rnns) + (model.prenet is not None))
-    if args.format == "ark" and (args.layer == "all" or "," in args.layer):
-        raise UserError(f"--format ark holds matrices, but --layer {args.layer} gives one a layer")
-    if args.format == "ark" and args.dtype != "float32":
-        raise UserError("--format ark: Kaldi has no float16: leave --dtype float32")
-    if args.audio is not None:
-        dataset = open_audio(args, trained)
-    else:
-        dataset = LibriSpeech(args.data_dir)
-        warn_of_other_data(trained, dataset)
-    source = args.data_dir or args.audio
-    if dataset.mel_dim != model.mel_dim:
+        return
+    ours = (".pt", ".npy", ".ark", ".scp", ".part", "features.json")
+    there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
+    if there:
         raise UserError(
-            f"{source}: its frames have {dataset.mel_dim} numbers, but the model {args.checkpoint} "
-            f"reads {model.mel_dim}"
+            f"{args.save_dir}: holds files like {there[0]}: choose another --save_dir, or "
+            "--resume what was begun there"
         )
+    write_json({"checkpoint": args.checkpoint} | about, path)
+
+
+# Extraction ---------------------------------------------------------------------------------------
+
+
+def plan(todo: list[int], num_frames: np.ndarray, batch_size: int) -> tuple[list, list]:
+    """Utterances -> batches of at most MAX_FRAMES frames, and the utterances longer than that."""
+    lengths = num_frames[todo]
+    long = [i for i, length in zip(todo, lengths) if length > MAX_FRAMES]
+    short = np.array(todo, int)[lengths <= MAX_FRAMES]
+    batches = []
+    for batch in BatchSampler(num_frames[short], batch_size, shuffle=False):
+        size = MAX_FRAMES // num_frames[short[batch]].max()
+        batches += [short[batch[i : i + size]].tolist() for i in range(0, len(batch), size)]
+    return batches, long
+
+
+def extract_batch(
+    model: APCModel, device: torch.device, choose: Callable, inputs, lengths, ids
+) -> list[tuple[str, Tensor]]:
+    """A batch -> (utterance id, ((layers,) T, H)) of each utterance."""
+    with torch.inference_mode():
+        inputs = inputs[:, : lengths.max()].to(device, non_blocking=True)
+        features = choose(model(inputs, lengths)[1]).cpu()  # ((layers,) B, T, H)
+    lengths = lengths.tolist()
+    return [(utt_id, features[..., i, : lengths[i], :].clone()) for i, utt_id in enumerate(ids)]
+
+
+def extract_long(
+    model: APCModel, device: torch.device, choose: Callable, chunks: Iterator[Tensor], length: int
+) -> Tensor:
+    """An utterance's chunks (t, D), `length` frames in all -> features ((layers,) T, H).
+
+    The model is causal: nothing but its state is needed of what came before.
+    """
+    features, state, done = None, None, 0
+    with torch.inference_mode():
+        for chunk in chunks:
+            _, internal_reps, state = model.stream(chunk[None].to(device), state)
+            new = choose(internal_reps)[..., 0, :, :].cpu()  # ((layers,) t, H)
+            if features is None:
+                features = new.new_empty(*new.shape[:-2], length, new.shape[-1])
+            features[..., done : done + len(chunk), :] = new
+            done += len(chunk)
+    return features
+
+
+def extract(
+    model: APCModel, source, loader: data.DataLoader, long: list[int], device, choose: Callable
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (utterance id, features) of the loader's utterances, then of the long ones."""
+    function = partial(extract_batch, model, device, choose)
+    for batch in read_batches(loader):
+        shares = on_each_core(function, *batch) if device.type == "cpu" else [function(*batch)]
+        yield from itertools.chain(*shares)
+    for i in long:
+        name = source.ids[i]
+        features = extract_long(model, device, choose, source.read_chunks(i), source.lengths[name])
+        yield name.removesuffix(".pt"), features
+
+
+def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> None:
+    model, config = load_with_config(args.checkpoint, device, args.residual)
+    layers = choose_layers(args.layer, len(model.rnns) + (model.prenet is not None))
+    source = open_source(args, model, training_data(config, args.checkpoint))
+    dataset = Utterances([source])
+    num_frames = dataset.num_frames
+    if rank == 0:
+        open_save_dir(args, model)
+    wait_for_others(world_size)
+    if args.format == "ark":
+        writer = ArkWriter(args.save_dir, f"feats.{rank + 1}" if world_size > 1 else "feats")
+    else:
+        writer = FileWriter(args.save_dir, args.format)
+
     # Each process has its own utterances, of all lengths.
-    num_frames = frame_counts(dataset)
     mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
-    writer = open_writer(args, bool(model.rnn_residual), dataset.ids, rank, world_size)
-    todo = [i for i in mine if not writer.has(dataset.ids[i].removesuffix(".pt"))]
+    todo = [i for i in mine if not (args.resume and writer.is_done(dataset.ids[i]))]
     print(
         f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {len(todo)} of "
-        f"{len(dataset)} utterances, {num_frames[todo].sum()} frames of {source}, on {device}, "
-        f"process {rank + 1} of {world_size} -> {args.save_dir}"
+        f"{len(dataset)} utterances, {num_frames[todo].sum()} frames of "
+        f"{args.data_dir or args.audio}, on {device}, process {rank + 1} of {world_size} -> "
+        f"{args.save_dir}"
     )
-    batch_size = max(1, args.batch_size // world_size)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(dataset, todo),
-        batch_sampler=BatchSampler(num_frames[todo], batch_size, shuffle=False),
-        collate_fn=collate,
-        num_workers=args.load_data_workers,
-        multiprocessing_context=loader_context(args.load_data_workers, world_size),
-        pin_memory=device.type == "cuda",
-    )
+    batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
+    batch_frames = max((len(batch) * num_frames[batch].max() for batch in batches), default=0)
+    workers = args.load_data_workers if batches else 0
+    loader = build_loader(dataset, batches, batch_frames, workers, device, world_size)
     dtype = getattr(torch, args.dtype)
-    with torch.inference_mode(), tqdm(total=len(todo), unit="utt", disable=rank > 0) as bar:
-        for utt_id, features in extract(model, loader, device, choose, dtype):
+    with tqdm(total=len(todo), unit="utt", disable=rank > 0) as bar:
+        for utt_id, features in extract(
+            model, source, loader, long, device, lambda reps: layers(reps).to(dtype)
+        ):
+            if not features.isfinite().all():
+                logging.error("%s: features that are NaN or infinite", utt_id)
             writer.write(utt_id, features)
             bar.update()
     writer.close()
-    if world_size > 1:
-        dist.barrier()
-        if rank == 0 and args.format == "ark":
-            merge_scps(args.save_dir, world_size)
+    wait_for_others(world_size)
+    if rank == 0 and args.format == "ark":
+        join_scps(args.save_dir)
     print(
         f"{args.save_dir}: features of {len(todo)} utterances written, {len(mine) - len(todo)} "
         "were there"
     )
 
 
-def merge_scps(save_dir, world_size):
-    """feats.1.scp, feats.2.scp, ... -> feats.scp, sorted as Kaldi wants it."""
-    lines = []
-    for number in range(1, world_size + 1):
-        with open(os.path.join(save_dir, f"feats.{number}.scp"), "rb") as file:
-            lines += file.readlines()
-    with checkpoint.atomic_write(os.path.join(save_dir, "feats.scp")) as file:
-        file.writelines(sorted(lines))
+def wait_for_others(world_size: int) -> None:
+    if world_size > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU: a GPU's barrier would keep it busy
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    setup_logging()
+    # The first process that is done may have to wait for long.
+    rank, world_size, device = start_processes(args.device, timeout=datetime.timedelta(days=365))
+    with report_machine_errors(device, rank, world_size, "lower --batch_size"):
+        run(args, rank, world_size, device)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

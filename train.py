@@ -11,8 +11,8 @@ log, and <experiment_name>.tb_log for TensorBoard.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -21,31 +21,74 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import resource_tracker
+from typing import NamedTuple
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, optim
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from apc_model import APCModel, MeanLosses, apc_loss, mean_losses
+from datasets import (
+    BatchSampler,
+    LibriSpeech,
+    Utterances,
+    build_loader,
+    collate,
+    read_batches,
+    warn_of_other_data,
+)
+from load_pretrained import copy_weights, infer_configs, model_flags, read_checkpoint, summary
 from utils import (
     HelpFormatter,
     PrenetConfig,
     RNNConfig,
     UserError,
     __version__,
-    loader_context,
+    atomic_write,
+    load,
+    lock_folder,
     not_negative,
+    on_each_core,
     positive,
-    run,
+    quote,
+    report_machine_errors,
+    run_main,
+    save,
     seed_everything,
     setup_logging,
     start_processes,
+    write_json,
 )
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the first and the last
 MAX_SKIPPED = 20  # steps in a row without a finite loss and gradient
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What may differ between a run and its --resume, because the weights do not depend on it.
+MAY_CHANGE_ON_RESUME = {
+    "accumulate_steps",
+    "epochs",
+    "max_steps",
+    "load_data_workers",
+    "librispeech_path",
+    "store_path",
+    "device",
+    "init_checkpoint",
+    "save_steps",
+    "keep_epochs",
+    "resume",
+}
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=HelpFormatter,
+        description="Train an APC model on prepared folders.", formatter_class=HelpFormatter
     )
     add = parser.add_argument_group("model").add_argument
     add("--prenet_num_layers", type=not_negative, default=0, help="ReLU layers before the RNN")
@@ -108,7 +151,7 @@ def build_parser():
     return parser
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     for flag in ("prenet_dropout", "rnn_dropout"):
@@ -126,25 +169,11 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and wrong flags must not wait for torch
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import optim
-from tqdm import tqdm
-
-import checkpoint
-from apc_model import APCModel, apc_loss
-from datasets import BatchSampler, LibriSpeech, collate, frame_counts, warn_of_other_data
-from load_pretrained import load_weights, summary
-
 # Set-up -------------------------------------------------------------------------------------------
 
 
-def model_configs(args):
-    """The flags -> (PrenetConfig or None, RNNConfig), as the original release builds them."""
+def model_configs(args: argparse.Namespace) -> tuple[PrenetConfig | None, RNNConfig]:
+    """The flags -> the configurations, as the original release builds them."""
     hidden_size = args.rnn_hidden_size
     rnn = (hidden_size, args.rnn_num_layers, args.rnn_dropout, args.rnn_residual, args.rnn_type)
     if args.prenet_num_layers == 0:
@@ -153,224 +182,321 @@ def model_configs(args):
     return PrenetConfig(args.feature_dim, *prenet), RNNConfig(hidden_size, *rnn)
 
 
-def build_optimizer(args, parameters, device):
-    # A fused optimizer can be told on the device, without waiting for it, to skip a step. Adadelta
-    # and RMSprop have no such kind.
-    if args.optimizer == "adam":
-        return optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    if args.optimizer == "sgd":
-        return optim.SGD(parameters, lr=args.learning_rate, fused=True)
-    if args.optimizer == "adadelta":
+def build_optimizer(args: argparse.Namespace, parameters) -> optim.Optimizer:
+    if args.optimizer == "adadelta":  # keeps its own learning rate, as in the original release
         return optim.Adadelta(parameters)
-    if args.optimizer == "adagrad":
-        return optim.Adagrad(parameters, lr=args.learning_rate, fused=device.type != "mps")
-    return optim.RMSprop(parameters, lr=args.learning_rate)
+    classes = [optim.Adam, optim.SGD, optim.Adagrad, optim.RMSprop]
+    by_name = {optimizer.__name__.lower(): optimizer for optimizer in classes}
+    return by_name[args.optimizer](parameters, lr=args.learning_rate)
 
 
-def open_split(args, split):
-    """A split's folder -> LibriSpeech; UserError if it does not fit the flags."""
-    dataset = LibriSpeech(os.path.join(args.librispeech_path, split), args.time_shift)
-    if dataset.mel_dim != args.feature_dim:
-        raise UserError(
-            f"{dataset.path}: its frames have {dataset.mel_dim} numbers, but --feature_dim is "
-            f"{args.feature_dim}"
-        )
-    return dataset
+class Data(NamedTuple):
+    """The utterances of a run."""
+
+    train_set: Utterances
+    valid_set: LibriSpeech
+    seq_len: int  # of the training set's tensors
+    prepared: list  # prepared.json of each training split, or None
+    fingerprint: list[int]  # utterances, frames, checksum of names and lengths
 
 
-@dataclasses.dataclass
-class Training:
-    """What the parts of a run share."""
-
-    args: argparse.Namespace
-    path: str  # <store_path>/<experiment_name>.dir
-    device: torch.device
-    rank: int
-    world_size: int
-    model: APCModel
-    net: torch.nn.Module  # the model, or DistributedDataParallel around it
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    seq_len: int  # of the training data
-    data: list  # prepared.json of each training split, or None
-    state: dict  # the position of the run: with the weights, all that --resume needs
-    signals: dict  # those received
-    log: checkpoint.RunLog = None
-    pending: list = dataclasses.field(default_factory=list)  # steps not yet read from the device
-    read_time: float = 0.0  # when steps were last read
+def open_data(args: argparse.Namespace) -> Data:
+    """Open the splits' folders; UserError if they do not fit the flags or each other."""
+    *splits, valid_set = (
+        LibriSpeech(os.path.join(args.librispeech_path, split), args.time_shift)
+        for split in [*args.train_split, args.valid_split]
+    )
+    for split in [*splits, valid_set]:
+        if split.mel_dim != args.feature_dim:
+            raise UserError(
+                f"{split.path}: its frames have {split.mel_dim} numbers, but --feature_dim is "
+                f"{args.feature_dim}"
+            )
+        warn_of_other_data(splits[0].prepared, split)
+    if len({split.seq_len for split in splits}) > 1:
+        found = ", ".join(f"{split.path}: {split.seq_len}" for split in splits)
+        raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
+    train_set = Utterances(splits)
+    names = "".join(f"{name} {split.lengths[name]}\n" for split in splits for name in split.ids)
+    fingerprint = [len(train_set), int(train_set.num_frames.sum()), zlib.crc32(names.encode())]
+    prepared = [split.prepared for split in splits]
+    return Data(train_set, valid_set, splits[0].seq_len, prepared, fingerprint)
 
 
 class Stopped(Exception):
     """A signal (the argument) asks this or another process of the run to stop."""
 
 
-def all_reduce(values):
+class Signals:
+    """Remembers the signals received. A wait for data is cut short by them; a step is not."""
+
+    def __init__(self):
+        self.received = set()
+        self.is_waiting = False
+        # Where workers are not forked, a process of Python's own keeps track of what they share.
+        # It inherits what is ignored.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        resource_tracker.ensure_running()
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def wait_begins(self) -> None:
+        self.is_waiting = True
+        if self.received:
+            raise Stopped(*self.received)
+
+    def _receive(self, number, frame):
+        self.received.add(number)
+        if self.is_waiting:
+            raise Stopped(number)
+
+
+@dataclasses.dataclass
+class Run:
+    """What the parts of a run share."""
+
+    args: argparse.Namespace
+    path: str  # <store_path>/<experiment_name>.dir
+    rank: int
+    world_size: int
+    device: torch.device
+    signals: Signals
+    data: Data
+    model: APCModel
+    optimizer: optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: dict  # the run's position: with the weights, all that --resume needs
+    writer: SummaryWriter | None = None  # in the first process alone
+
+    def has_steps_left(self) -> bool:
+        return self.state["step"] < (self.args.max_steps or math.inf)
+
+    def loss(self, losses: MeanLosses) -> float | Tensor:
+        """The one of the two means that is trained on."""
+        return losses.per_real_frame if self.args.mask_padding else losses.with_padding
+
+
+def set_up(args, path, data, signals, rank, world_size, device) -> Run:
+    """Build the model and its optimizer as a run starts with them."""
+    seed_everything(args.seed)
+    model = APCModel(args.feature_dim, *model_configs(args)).to(device)
+    precision = "tf32" if args.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.rnn.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    return Run(
+        args=args,
+        path=path,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        signals=signals,
+        data=data,
+        model=model,
+        optimizer=build_optimizer(args, model.parameters()),
+        # bf16 needs it too: on CUDA, PyTorch's autocast does RNN layers in fp16 all the same.
+        scaler=torch.amp.GradScaler(device.type, enabled=args.precision != "fp32"),
+        state={
+            "epoch": 0,
+            "batch": 0,  # done in this epoch
+            "step": 0,  # done in all
+            "sums": [0, 0, 0, 0],  # of this epoch: errors (real, padding), utterances, frames
+            "skipped": 0,
+            "skipped_in_a_row": 0,
+            "best_loss": math.inf,
+            "best_epoch": 0,
+        },
+    )
+
+
+def load_weights(model: APCModel, path: str) -> None:
+    """Start `model` from a file's weights; UserError with the flags of train.py that differ."""
+    weights, _ = read_checkpoint(path)
+    found = model_flags(*infer_configs(weights, path))
+    expected = model_flags(*infer_configs(model.state_dict(), path))
+    differing = [
+        f"--{flag} is {expected[flag]}, but the file's is {found[flag]}"
+        for flag in expected
+        if expected[flag] != found[flag]
+    ]
+    if differing:
+        raise UserError(f"{path}: its weights do not fit the flags: {'; '.join(differing)}")
+    copy_weights(model, weights, path)
+    if not is_finite(model):
+        raise UserError(f"{path}: its weights are not finite")
+
+
+def announce(run: Run, resuming: bool) -> None:
+    """Log what the run is about to do."""
+    args, (utterances, frames, _) = run.args, run.data.fingerprint
+    positions = f"all {run.data.seq_len - args.time_shift} positions of an utterance, padding "
+    logging.info(f"{'going on with' if resuming else 'training'} {run.path}")
+    logging.info(f"model: {summary(run.model)}")
+    logging.info(
+        f"data: {utterances} utterances, {frames} frames, {frames / 360000:.2f} hours at 10 ms, "
+        f"from {', '.join(args.train_split)}; validation: {len(run.data.valid_set)} utterances"
+    )
+    logging.info(
+        f"device: {run.device} ({run.world_size} process(es)), {args.precision}; batches of "
+        f"{args.batch_size} utterances, {args.optimizer} with learning rate "
+        f"{run.optimizer.param_groups[0]['lr']:g}, epochs {run.state['epoch'] + 1} to {args.epochs}"
+    )
+    logging.info(
+        f"loss: L1 of the frame {args.time_shift} ahead, averaged over "
+        f"{'real frames' if args.mask_padding else positions + 'included'}"
+    )
+
+
+# Processes and batches ----------------------------------------------------------------------------
+
+
+def all_reduce(values: Tensor) -> Tensor:
     """Sum a tensor over the processes of the run, in place; alone, leave it as it is."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def build_loader(t, dataset, num_frames, shuffle):
-    sampler = BatchSampler(
-        num_frames,
-        t.args.batch_size,
-        shuffle=shuffle,
-        bucketing=not t.args.no_bucketing,
-        seed=t.args.seed,
-        rank=t.rank,
-        world_size=t.world_size,
-    )
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=t.args.load_data_workers,
-        persistent_workers=t.args.load_data_workers > 0,
-        multiprocessing_context=loader_context(t.args.load_data_workers, t.world_size),
-        pin_memory=t.device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw from dropout's numbers
-    )
+def sum_over_processes(run: Run, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Each process has the gradients of its share of the batch: sum them, all at once."""
+    if run.world_size == 1:
+        return gradients
+    summed = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = summed.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
 
 
-def batches(loader):
-    """iter(loader), whose workers leave signals, which reach the whole group, to this process.
+def on_each_share(run: Run, function: Callable, inputs: Tensor, lengths: Tensor) -> list:
+    """function(inputs, lengths) of each CPU core's share of the utterances; on a GPU, of them all.
 
-    They inherit what is blocked while they start, and so does Python's tracker of their resources.
+    Dropout draws from one generator, whose order threads would mix up, and so does autocast's
+    cache of weights: then there is one share.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        if loader.multiprocessing_context is not None:
-            resource_tracker.ensure_running()  # which unblocks some of them
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    args = run.args
+    is_plain = args.precision == "fp32" and not (args.rnn_dropout or args.prenet_dropout)
+    if run.device.type == "cpu" and is_plain:
+        return on_each_core(function, inputs, lengths)
+    return [function(inputs, lengths)]
+
+
+def data_loader(run: Run, dataset: Utterances, shuffle: bool) -> torch.utils.data.DataLoader:
+    args = run.args
+    sampler = BatchSampler(
+        dataset.num_frames,
+        args.batch_size,
+        shuffle=shuffle,
+        bucketing=not args.no_bucketing,
+        seed=args.seed,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
+    share = -(-min(args.batch_size, len(dataset)) // run.world_size)
+    return build_loader(
+        dataset,
+        sampler,
+        share * dataset.num_frames.max(),
+        args.load_data_workers,
+        run.device,
+        run.world_size,
+        persistent=True,
+    )
+
+
+class Batch(NamedTuple):
+    """This process' share of a batch, and how much is in the whole of it."""
+
+    inputs: Tensor  # (B, T, D)
+    lengths: Tensor  # (B,)
+    ids: list[str]
+    utterances: int  # over all processes, as is
+    frames: int
+
+
+def batches(run: Run, loader: torch.utils.data.DataLoader) -> Iterator[Batch]:
+    """Yield a loader's batches; Stopped, before the next one, once any process has a signal."""
+    iterator, signals = read_batches(loader), run.signals
+    while True:
+        try:
+            signals.wait_begins()
+            inputs, lengths, ids = next(iterator)
+        except StopIteration:
+            return
+        except (Stopped, UserError):  # a signal to the whole group ends the loader's workers too
+            if not signals.received:
+                raise
+            inputs, lengths, ids = collate([])  # the others wait to hear of the signal
+        finally:
+            signals.is_waiting = False
+        # By way of the CPU, so that no device is waited for.
+        flags = [int(number in signals.received) for number in SIGNALS]
+        counts = all_reduce(torch.tensor([len(lengths), int(lengths.sum()), *flags])).tolist()
+        for number, count in zip(SIGNALS, counts[2:]):
+            if count:
+                raise Stopped(number)
+        yield Batch(inputs, lengths, ids, *counts[:2])
 
 
 # One epoch ----------------------------------------------------------------------------------------
 
 
-def share_counts(t, lengths):
-    """This process' lengths -> (utterances, frames) of the whole batch. Stopped after a signal.
-
-    Counts travel by way of the CPU, so that no device is waited for.
-    """
-    flags = [int(number in t.signals) for number in SIGNALS]
-    counts = all_reduce(torch.tensor([len(lengths), int(lengths.sum()), *flags])).tolist()
-    for number, count in zip(SIGNALS, counts[2:]):
-        if count:
-            raise Stopped(number)
-    return counts[:2]
-
-
-def forward_loss(t, net, inputs, lengths, seq_len):
+def forward_loss(run: Run, inputs: Tensor, lengths: Tensor, seq_len: int) -> Tensor:
     """A batch on the host -> its summed L1 errors [real frames, padding], (2,) on the device."""
-    n = t.args.time_shift
+    n = run.args.time_shift
     if not len(lengths):  # fewer utterances than processes: this one's counts for nothing
-        inputs, lengths = torch.zeros(1, n + 1, t.args.feature_dim), torch.zeros(1)
+        inputs, lengths = torch.zeros(1, n + 1, run.args.feature_dim), torch.zeros(1)
     longest = max(int(lengths.max()), n + 1)
-    # Cut behind the copy, which is asynchronous for the whole of a pinned tensor alone.
-    inputs = inputs.to(t.device, non_blocking=True)[:, :longest]
-    lengths = lengths.to(t.device, non_blocking=True)
-    kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    kind = kinds[t.args.precision]
-    with torch.autocast(t.device.type, dtype=kind, enabled=kind is not None):
-        predicted_mel, _ = net(inputs[:, :-n], lengths - n)
-    bias = t.model.postnet.layer.bias
+    # Slice after the copy: only that of a whole pinned tensor is asynchronous.
+    inputs = inputs.to(run.device, non_blocking=True)[:, :longest]
+    lengths = lengths.to(run.device, non_blocking=True)
+    dtype = DTYPES[run.args.precision]
+    with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        predicted_mel, _ = run.model(inputs[:, :-n], lengths - n)
+    bias = run.model.postnet.layer.bias
     return torch.stack(apc_loss(predicted_mel, inputs, lengths, n, seq_len, bias))
 
 
-def losses(args, sums, utterances, frames, seq_len):
-    """Summed errors -> (with padding, per real frame): the two kinds of mean loss."""
-    real, padding = sums
-    n = args.time_shift
-    if not utterances:  # every step of an epoch was skipped
-        return math.nan, math.nan
-    return (real + padding) / (utterances * (seq_len - n)), real / (frames - n * utterances)
+def train_step(run: Run, batch: Batch) -> tuple[float, float, float]:
+    """One optimizer step -> summed errors of real frames and of padding, gradient norm.
 
-
-def train_step(t, inputs, lengths, utterances, frames):
-    """One optimizer step on a batch, of which this process has `inputs` and `lengths`.
-
-    -> [real frames' error, padding's error, gradient norm, skipped], (4,) on the device, which is
-    not waited for.
+    The step is skipped unless all three are finite.
     """
+    args = run.args
     # Dropout follows from the step alone, so that a resumed run drops what it would have dropped.
-    seed = np.random.SeedSequence([t.args.seed, t.rank, t.state["step"]])
+    seed = np.random.SeedSequence([args.seed, run.rank, run.state["step"]])
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
-    t.optimizer.zero_grad()
-    sums = torch.zeros(2, device=t.device)
-    parts = list(zip(inputs.chunk(t.args.accumulate_steps), lengths.chunk(t.args.accumulate_steps)))
-    for part in parts:
-        # Gradients are exchanged once a step, with the last part.
-        wait = t.net is not t.model and part is not parts[-1]
-        with t.net.no_sync() if wait else contextlib.nullcontext():
-            part_sums = forward_loss(t, t.net, *part, t.seq_len)
-            loss = losses(t.args, part_sums, utterances, frames, t.seq_len)[t.args.mask_padding]
-            # DistributedDataParallel averages gradients; the mean over the whole batch is a sum.
-            t.scaler.scale(loss * t.world_size).backward()
-        sums += part_sums.detach()
+    sums, gradients = torch.zeros(2, device=run.device), None
+    chunks = zip(*(part.chunk(args.accumulate_steps) for part in (batch.inputs, batch.lengths)))
+    for inputs, lengths in chunks:
+        backward = partial(share_gradients, run, batch)
+        for share_sums, share in on_each_share(run, backward, inputs, lengths):
+            sums += share_sums
+            gradients = [a + b for a, b in zip(gradients, share)] if gradients else share
     all_reduce(sums)
-    if t.scaler.is_enabled():  # it looks at gradients alone: a loss that is not finite must show
-        torch._foreach_add_([p.grad for p in t.model.parameters()], 0 * sums.sum())
-    t.scaler.unscale_(t.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.clip_thresh)
-    skipped = ~(norm.isfinite() & sums.isfinite().all())
-    if t.scaler.is_enabled():
-        t.scaler.step(t.optimizer)
-        t.scaler.update()
-    elif t.optimizer.defaults.get("fused"):
-        t.optimizer.grad_scale, t.optimizer.found_inf = None, skipped.float()
-        t.optimizer.step()
-    elif not skipped:
-        t.optimizer.step()
-    return torch.stack([*sums, norm, skipped.float()])
+    for parameter, gradient in zip(run.model.parameters(), sum_over_processes(run, gradients)):
+        parameter.grad = gradient
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_thresh)
+    real, padding, norm = torch.stack([*sums, norm]).tolist()  # waits for the device
+    if math.isfinite(real + padding + norm):
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return real, padding, norm
 
 
-def log_steps(t):
-    """Read the figures of the pending steps from the device, log them, add them to the epoch's."""
-    if not t.pending:
-        return ""
-    state, steps = t.state, t.pending
-    t.pending = []
-    values = torch.stack([step[-1] for step in steps]).tolist()
-    now = time.perf_counter()
-    speed = sum(step[2] for step in steps) / (now - t.read_time)
-    t.read_time = now
-    for (index, utterances, frames, _), (real, padding, norm, skipped) in zip(steps, values):
-        kinds = losses(t.args, (real, padding), utterances, frames, t.seq_len)
-        loss = kinds[t.args.mask_padding]
-        state["skipped"] += int(skipped)
-        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if skipped else 0
-        if not skipped:
-            new = (real, padding, utterances, frames)
-            state["sums"] = [old + value for old, value in zip(state["sums"], new)]
-        figures = {
-            "training loss (step-wise)": loss,
-            "training loss with padding (step-wise)": kinds[0],
-            "training loss per real frame (step-wise)": kinds[1],
-            "gradient norm": norm,
-            "frames per second": speed,
-            "learning rate": t.optimizer.param_groups[0]["lr"],
-            "skipped steps": state["skipped"],
-        }
-        t.log.write({"epoch": state["epoch"] + 1, "step": index}, index, figures)
-        if state["skipped_in_a_row"] >= MAX_SKIPPED:
-            raise UserError(
-                f"step {index}: {MAX_SKIPPED} steps in a row had no finite loss or gradient: look "
-                f"at the data, or start again with a lower --learning_rate, from --init_checkpoint "
-                f"{t.path}/last.ckpt"
-            )
-    return f"loss {loss:.4f}, {speed:.0f} frames/s"
+def share_gradients(run: Run, batch: Batch, inputs: Tensor, lengths: Tensor):
+    """A share of a batch -> its summed errors (2,), and its part of the gradients of the loss."""
+    n, seq_len = run.args.time_shift, run.data.seq_len
+    sums = forward_loss(run, inputs, lengths, seq_len)
+    # Divided by the size of the whole batch, so that gradients add up to those of its mean.
+    loss = run.loss(mean_losses(*sums, batch.utterances, batch.frames, n, seq_len))
+    return sums.detach(), torch.autograd.grad(run.scaler.scale(loss), [*run.model.parameters()])
 
 
-def train_epoch(t, loader):
+def train_epoch(run: Run, loader: torch.utils.data.DataLoader) -> None:
     """Train from the state's batch to the epoch's end, or to --max_steps."""
-    t.model.train()
-    state, sampler = t.state, loader.batch_sampler
+    run.model.train()
+    state, sampler = run.state, loader.batch_sampler
     sampler.set_epoch(state["epoch"], state["batch"])
-    t.read_time = time.perf_counter()
     with tqdm(
         total=len(sampler),
         initial=state["batch"],
@@ -378,98 +504,257 @@ def train_epoch(t, loader):
         unit="step",
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,
-        disable=t.rank > 0,
+        disable=run.rank > 0,
     ) as bar:
-        for inputs, lengths in batches(loader):
-            if state["step"] >= (t.args.max_steps or math.inf):
+        start = time.perf_counter()
+        for batch in batches(run, loader):
+            if not run.has_steps_left():
                 break
-            utterances, frames = share_counts(t, lengths)
-            figures = train_step(t, inputs, lengths, utterances, frames)
-            t.pending.append((state["step"], utterances, frames, figures))
-            state["batch"] += 1
-            state["step"] += 1
-            # A CPU has done the step already; others are read seldom, because that waits for them.
-            if t.device.type == "cpu" or state["step"] % 20 == 0:
-                bar.set_postfix_str(log_steps(t), refresh=False)
+            result = train_step(run, batch)
+            now = time.perf_counter()
+            speed, start = batch.frames / (now - start), now
+            loss = count_step(run, batch, *result, speed)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} frames/s", refresh=False)
             bar.update()
-            if state["step"] % t.args.save_steps == 0:
-                log_steps(t)
-                checkpoint.save_checkpoint(t)
-    log_steps(t)
+            if state["step"] % run.args.save_steps == 0:
+                save_run(run)
 
 
-def evaluate(t, loader):
-    """-> the validation set's (loss with padding, loss per real frame)."""
-    t.model.eval()
-    sums, utterances, frames = [], 0, 0
-    with torch.no_grad():
-        for inputs, lengths in batches(loader):
-            counts = share_counts(t, lengths)
-            sums.append(forward_loss(t, t.model, inputs, lengths, loader.dataset.seq_len))
-            utterances, frames = utterances + counts[0], frames + counts[1]
-    sums = all_reduce(torch.stack(sums).cpu().double().sum(dim=0)).tolist()
-    return losses(t.args, sums, utterances, frames, loader.dataset.seq_len)
+def count_step(run: Run, batch: Batch, real, padding, norm, speed) -> float:
+    """Add a step to the run's state and log it -> its loss."""
+    state, counts = run.state, (batch.utterances, batch.frames)
+    losses = mean_losses(real, padding, *counts, run.args.time_shift, run.data.seq_len)
+    skipped = not math.isfinite(real + padding + norm)
+    state["skipped"] += skipped
+    state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if skipped else 0
+    if skipped:
+        name_bad_utterances(batch, f"step {state['step']} is skipped")
+    else:
+        state["sums"] = [a + b for a, b in zip(state["sums"], (real, padding, *counts))]
+    metrics = {
+        "training loss (step-wise)": run.loss(losses),
+        "training loss with padding (step-wise)": losses.with_padding,
+        "training loss per real frame (step-wise)": losses.per_real_frame,
+        "gradient norm": norm,
+        "frames per second": speed,
+        "learning rate": run.optimizer.param_groups[0]["lr"],
+        "skipped steps": state["skipped"],
+    }
+    position = {"epoch": state["epoch"] + 1, "step": state["step"]}
+    log_metrics(run, position, state["step"], metrics)
+    if state["skipped_in_a_row"] >= MAX_SKIPPED:
+        raise UserError(
+            f"step {state['step']}: {MAX_SKIPPED} steps in a row had no finite loss or gradient: "
+            "look at the data, or start again with a lower --learning_rate, from "
+            f"--init_checkpoint {run.path}/last.ckpt"
+        )
+    state["batch"] += 1
+    state["step"] += 1
+    return run.loss(losses)
 
 
-def end_epoch(t, loader, valid_loader):
+def name_bad_utterances(batch: Batch, what: str) -> None:
+    bad = [utt_id for utt_id, frames in zip(batch.ids, batch.inputs) if not frames.isfinite().all()]
+    if bad:
+        logging.error(f"{what}: frames that are NaN or infinite in {', '.join(bad)}")
+
+
+def evaluate(run: Run, loader: torch.utils.data.DataLoader) -> MeanLosses:
+    """The validation set's losses."""
+    run.model.eval()
+    seq_len = run.data.valid_set.seq_len
+    sums, utterances, frames = torch.zeros(2, dtype=torch.float64), 0, 0
+    forward = torch.no_grad()(partial(forward_loss, run, seq_len=seq_len))
+    for batch in batches(run, loader):
+        batch_sums = sum(on_each_share(run, forward, batch.inputs, batch.lengths)).cpu()
+        if not batch_sums.isfinite().all():
+            name_bad_utterances(batch, "validation")
+        sums += batch_sums
+        utterances += batch.utterances
+        frames += batch.frames
+    real, padding = all_reduce(sums).tolist()
+    return mean_losses(real, padding, utterances, frames, run.args.time_shift, seq_len)
+
+
+def end_epoch(run: Run, loader, valid_loader) -> None:
     """Validate and log; if the epoch is whole, save its model and go on to the next."""
-    state, args = t.state, t.args
-    number = state["epoch"] + 1
-    *sums, utterances, frames = state["sums"]
-    training = losses(args, sums, utterances, frames, t.seq_len)
-    validation = evaluate(t, valid_loader)
-    train_loss, valid_loss = training[args.mask_padding], validation[args.mask_padding]
-    figures = {
+    state, number = run.state, run.state["epoch"] + 1
+    training = mean_losses(*state["sums"], run.args.time_shift, run.data.seq_len)
+    validation = evaluate(run, valid_loader)
+    train_loss, valid_loss = run.loss(training), run.loss(validation)
+    metrics = {
         "training loss (epoch-wise)": train_loss,
         "validation loss (epoch-wise)": valid_loss,
-        "training loss with padding (epoch-wise)": training[0],
-        "training loss per real frame (epoch-wise)": training[1],
-        "validation loss with padding (epoch-wise)": validation[0],
-        "validation loss per real frame (epoch-wise)": validation[1],
+        "training loss with padding (epoch-wise)": training.with_padding,
+        "training loss per real frame (epoch-wise)": training.per_real_frame,
+        "validation loss with padding (epoch-wise)": validation.with_padding,
+        "validation loss per real frame (epoch-wise)": validation.per_real_frame,
     }
-    t.log.write({"epoch": number, "step": state["step"]}, state["epoch"], figures)
-    if t.rank == 0:
-        picture = mel_picture(*predict_utterance(t, valid_loader.dataset))
+    log_metrics(run, {"epoch": number, "step": state["step"]}, state["epoch"], metrics)
+    if run.writer:
         tag = "target (above) and predicted log-Mel (epoch-wise)"
-        t.log.picture(tag, picture, state["epoch"])
+        run.writer.add_image(tag, mel_image(run), state["epoch"], dataformats="HW")
     logging.info(
         "Epoch: %d Training Loss: %.5f Validation Loss: %.5f", number, train_loss, valid_loss
     )
     if state["batch"] >= len(loader.batch_sampler):
         if valid_loss < state["best_loss"]:
             state |= {"best_loss": valid_loss, "best_epoch": number}
-        checkpoint.save_epoch(t, number)
+        save_model(run, number)
         state |= {"epoch": number, "batch": 0, "sums": [0, 0, 0, 0]}
-    checkpoint.save_checkpoint(t)
+    save_run(run)
 
 
-def predict_utterance(t, dataset):
-    """-> target and prediction of the first utterance, each (D, frames), at most 400 frames."""
-    n = t.args.time_shift
-    frames, length = dataset[0]
-    frames = frames[: min(length, 400 + n)].to(t.device)
+def mel_image(run: Run) -> Tensor:
+    """Target and prediction of the first validation utterance, one above the other, (2D + 2, T).
+
+    At most 400 frames; white is the loudest percent of the target, black the quietest.
+    """
+    n = run.args.time_shift
+    frames, length = run.data.valid_set[0]
+    frames = frames[: min(length, 400 + n)].to(run.device)
     with torch.no_grad():
-        predicted_mel, _ = t.model(frames[None, :-n], torch.tensor([len(frames) - n]))
-    return frames[n:].T.cpu().numpy(), predicted_mel[0].T.float().cpu().numpy()
+        predicted_mel, _ = run.model(frames[None, :-n], torch.tensor([len(frames) - n]))
+    target = frames[n:].T.flip(0).cpu()  # (D, T), low frequencies at the bottom
+    predicted = predicted_mel[0].T.flip(0).float().cpu()
+    black, white = np.percentile(target, [1, 99])
+    image = torch.cat([target, torch.full((2, target.shape[1]), white), predicted])
+    return ((image - black) / max(white - black, 1e-6)).clamp(0, 1)
 
 
-def mel_picture(target, predicted):
-    """Two log-Mel spectrograms (D, frames) -> an RGB picture, one above the other."""
-    low, high = np.percentile(target, [1, 99])
-    gap = np.full((2, target.shape[1]), np.nan)
-    values = np.vstack([target[::-1], gap, predicted[::-1]])
-    values = ((values - low) / max(high - low, 1e-6)).clip(0, 1).repeat(3, 0).repeat(3, 1)
-    # Black, violet, orange, pale yellow; the gap is white.
-    stops = np.array([[0, 0, 4], [120, 28, 109], [237, 105, 37], [252, 255, 164]])
-    colours = [np.interp(values, np.linspace(0, 1, 4), stops[:, i]) for i in range(3)]
-    return np.nan_to_num(np.stack(colours, axis=-1), nan=255).astype(np.uint8)
+# What a run keeps ---------------------------------------------------------------------------------
 
 
-# The run ------------------------------------------------------------------------------------------
+def log_metrics(run: Run, position: dict, index: int, metrics: dict) -> None:
+    """A line {**position, **metrics} of metrics.jsonl, and a scalar for each metric at `index`."""
+    if run.rank > 0:
+        return
+    line = dict(position)
+    for tag, value in metrics.items():
+        run.writer.add_scalar(tag, value, index)
+        key = tag.split(" (")[0].replace(" ", "_")
+        line[key] = value if math.isfinite(value) else None  # JSON has no NaN
+    path = os.path.join(run.path, "metrics.jsonl")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
-def find_run(args, path):
-    """-> whether there is a checkpoint to go on from. UserError rather than overwrite a run."""
+def rewind_metrics(path: str, step: int, epoch: int) -> None:
+    """Take out of metrics.jsonl what a resumed run will log again.
+
+    Args:
+        path: the run's folder.
+        step, epoch: the first of each that is still to come, counted from 0.
+    """
+    path = os.path.join(path, "metrics.jsonl")
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as old, atomic_write(path) as new:
+        for line in old:
+            if not line.endswith(b"\n"):
+                break  # the run was killed while it wrote this
+            try:
+                entry = json.loads(line)
+                # An epoch's line has a validation loss, and says how many were done by then.
+                is_epoch = "validation_loss" in entry
+                if entry["epoch"] <= epoch if is_epoch else entry["step"] < step:
+                    new.write(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: not a line of this log: {line[:40]!r}") from None
+
+
+def is_finite(model: APCModel) -> bool:
+    return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def refuse_diverged_run(run: Run) -> None:
+    """UserError if a weight is not finite: a checkpoint of NaNs is of no use to anyone."""
+    if not is_finite(run.model):
+        raise UserError(
+            f"step {run.state['step']}: the weights are not finite, and are not saved: start again "
+            f"with a lower --learning_rate, from --init_checkpoint {run.path}/last.ckpt"
+        )
+
+
+def save_model(run: Run, number: int) -> None:
+    """The epoch's model, as a bare state dict; with --keep_epochs, older ones go."""
+    if run.rank > 0:
+        return
+    refuse_diverged_run(run)
+    start = os.path.join(run.path, f"{run.args.experiment_name}__epoch_")
+    save(run.model.state_dict(), f"{start}{number}.model")
+    if run.args.keep_epochs:
+        for old in range(number - run.args.keep_epochs + 1):
+            if old != run.state["best_epoch"] and os.path.exists(f"{start}{old}.model"):
+                os.remove(f"{start}{old}.model")
+
+
+def save_run(run: Run) -> None:
+    """last.ckpt: all that --resume needs, and more than load_pretrained.py does.
+
+    There are no random states in it: the order of the data follows from (seed, epoch), and dropout
+    from (seed, process, step).
+    """
+    if run.rank > 0:
+        return
+    refuse_diverged_run(run)
+    run.writer.flush()  # a resumed run logs nothing before this again
+    saved = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "state": run.state,
+        "flags": vars(run.args),
+        "data": run.data.prepared,
+        "data_fingerprint": run.data.fingerprint,
+    }
+    save(saved, os.path.join(run.path, "last.ckpt"))
+
+
+def restore_run(run: Run) -> None:
+    """Go back to where last.ckpt was written; UserError if it is of another run."""
+    path = os.path.join(run.path, "last.ckpt")
+    saved = load(path, verify=True)
+    parts = {"model", "optimizer", "scaler", "state", "flags"}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in parts):
+        raise UserError(f"{path}: expected what train.py saves, with {', '.join(sorted(parts))}")
+    for flag, value in vars(run.args).items():
+        if flag not in MAY_CHANGE_ON_RESUME and saved["flags"].get(flag) != value:
+            raise UserError(
+                f"{path}: --{flag} was {saved['flags'].get(flag)} in this run, and is {value} now: "
+                "--resume needs the run's own flags"
+            )
+    for before, now in zip(saved.get("data") or [], run.data.prepared):
+        for key, value in (before or {}).items():
+            if key not in ("path", "utt2spk", "version") and (now or {}).get(key) != value:
+                raise UserError(
+                    f"{path}: the run's training data had {key} {quote(str(value))}, and now have "
+                    f"{quote(str((now or {}).get(key)))}: --resume needs the same data"
+                )
+    if saved.get("data_fingerprint") != run.data.fingerprint:
+        raise UserError(
+            f"{path}: the run's training data were {saved.get('data_fingerprint')} (utterances, "
+            f"frames, checksum of names and lengths), and now are {run.data.fingerprint}"
+        )
+    try:
+        for key, value in run.state.items():
+            if type(saved["state"][key]) not in (type(value), int):
+                raise TypeError(f"{key} is {saved['state'][key]!r}")
+        run.model.load_state_dict(saved["model"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.scaler.load_state_dict(saved["scaler"])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: does not fit this run: {why}") from None
+    run.state.update(saved["state"])
+    run.args.init_checkpoint = saved["flags"].get("init_checkpoint")  # for config.json
+
+
+def find_run(args: argparse.Namespace, path: str) -> bool:
+    """Whether there is a checkpoint to go on from. UserError rather than overwrite a run."""
     if args.resume and os.path.exists(os.path.join(path, "last.ckpt")):
         return True
     names = os.listdir(path) if os.path.isdir(path) else []
@@ -483,155 +768,78 @@ def find_run(args, path):
     return False
 
 
-def is_to_go_on(t):
-    """Whether epochs and steps are left, or the end of an epoch is."""
-    has_steps = t.state["step"] < (t.args.max_steps or math.inf) or t.state["batch"] > 0
-    return t.state["epoch"] < t.args.epochs and has_steps
-
-
-def train(args, rank, world_size, device, signals):
-    setup_logging()
-    if rank > 0:
-        logging.getLogger().setLevel(logging.ERROR)  # the first process has warned already
-    path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
-    resuming = bool(all_reduce(torch.tensor(int(rank == 0 and find_run(args, path)))))
-
-    splits = [open_split(args, split) for split in args.train_split]
-    valid_set = open_split(args, args.valid_split)
-    for split in [*splits[1:], valid_set]:
-        warn_of_other_data(splits[0].prepared, split)
-    if len({split.seq_len for split in splits}) > 1:
-        found = ", ".join(f"{split.path}: {split.seq_len}" for split in splits)
-        raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
-    train_set = torch.utils.data.ConcatDataset(splits) if len(splits) > 1 else splits[0]
-    num_frames = np.concatenate([frame_counts(split) for split in splits])
-    names = "".join(f"{name} {split.lengths[name]}\n" for split in splits for name in split.ids)
-    data_size = [len(num_frames), int(num_frames.sum()), zlib.crc32(names.encode())]
-
-    seed_everything(args.seed)
-    model = APCModel(args.feature_dim, *model_configs(args))
-    if args.init_checkpoint and not resuming:
-        load_weights(model, args.init_checkpoint)
-        checkpoint.check_weights(model, args.init_checkpoint)
-    model.to(device)
-    precision = "tf32" if args.tf32 else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
-    t = Training(
-        args=args,
-        path=path,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        model=model,
-        net=model,
-        optimizer=build_optimizer(args, model.parameters(), device),
-        # bf16 needs it too: on CUDA, PyTorch's autocast does RNN layers in fp16 all the same.
-        scaler=torch.amp.GradScaler(device.type, enabled=args.precision != "fp32"),
-        seq_len=splits[0].seq_len,
-        data=[split.prepared for split in splits],
-        state={
-            "epoch": 0,
-            "batch": 0,  # done in this epoch
-            "step": 0,  # done in all
-            "sums": [0, 0, 0, 0],  # of this epoch: errors (real, padding), utterances, frames
-            "data_size": data_size,
-            "skipped": 0,
-            "skipped_in_a_row": 0,
-            "best_loss": math.inf,
-            "best_epoch": 0,
-        },
-        signals=signals,
-    )
-    if resuming:
-        checkpoint.restore(t)
-    if resuming and not is_to_go_on(t):
-        logging.info(f"{path}: nothing is left to do after {t.state['step']} steps")
+def open_folder(run: Run) -> None:
+    """Make the run's folder ready, in the first process: log, metrics, config.json, TensorBoard."""
+    if run.rank > 0:
         return
-    if world_size > 1:
-        ids = [device] if device.type == "cuda" else None
-        t.net = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    if rank == 0:
-        os.makedirs(path, exist_ok=True)
-        setup_logging(os.path.join(path, args.experiment_name))
-        checkpoint.rewind_logs(path, t.state["step"], t.state["epoch"])
-        config = vars(args) | {"data": t.data, "version": __version__}
-        checkpoint.write_json(config, os.path.join(path, "config.json"))
-    t.log = checkpoint.RunLog(path, args.experiment_name, active=rank == 0)
+    args, state = run.args, run.state
+    os.makedirs(run.path, exist_ok=True)
+    lock_folder(run.path)
+    setup_logging(os.path.join(run.path, args.experiment_name))
+    for name in os.listdir(run.path):
+        if name.endswith(".tmp"):  # what a kill has left
+            os.remove(os.path.join(run.path, name))
+    rewind_metrics(run.path, state["step"], state["epoch"])
+    config = vars(args) | {"data": run.data.prepared, "version": __version__}
+    write_json(config, os.path.join(run.path, "config.json"))
+    tb_log = os.path.join(run.path, f"{args.experiment_name}.tb_log")
+    run.writer = SummaryWriter(tb_log, purge_step=state["step"] or None)
 
-    positions = f"all {t.seq_len - args.time_shift} positions of an utterance, padding included"
-    logging.info(f"{'going on with' if resuming else 'training'} {path}")
-    logging.info(f"model: {summary(model)}")
-    utterances, frames, _ = data_size
-    logging.info(
-        f"data: {utterances} utterances, {frames} frames, {frames / 360000:.2f} hours at 10 ms, "
-        f"from {', '.join(args.train_split)}; validation: {len(valid_set)} utterances"
-    )
-    logging.info(
-        f"device: {device} ({world_size} process(es)), {args.precision}; batches of "
-        f"{args.batch_size} utterances, {args.optimizer} with learning rate "
-        f"{t.optimizer.param_groups[0]['lr']:g}, epochs {t.state['epoch'] + 1} to {args.epochs}"
-    )
-    logging.info(
-        f"loss: L1 of the frame {args.time_shift} ahead, averaged over "
-        f"{'real frames' if args.mask_padding else positions}"
-    )
+
+# The run ------------------------------------------------------------------------------------------
+
+
+def is_done(run: Run) -> bool:
+    """Whether neither epochs and steps are left, nor the end of an epoch that --max_steps cut."""
+    has_more = run.has_steps_left() or run.state["batch"] > 0
+    return run.state["epoch"] >= run.args.epochs or not has_more
+
+
+def train(run: Run, resuming: bool) -> None:
+    """Train to the last epoch, or to --max_steps."""
+    args, state, data = run.args, run.state, run.data
     if not resuming:
-        checkpoint.save_epoch(t, 0)
-        checkpoint.save_checkpoint(t)
-
-    loader = build_loader(t, train_set, num_frames, shuffle=True)
-    valid_loader = build_loader(t, valid_set, frame_counts(valid_set), shuffle=False)
-    try:
-        while t.state["epoch"] < args.epochs:
-            train_epoch(t, loader)
-            end_epoch(t, loader, valid_loader)
-            if t.state["step"] >= (args.max_steps or math.inf):
-                break
-        logging.info(f"done: {t.state['epoch']} epochs, {t.state['step']} steps, see {path}")
-    except Stopped as stopped:
-        log_steps(t)
-        checkpoint.save_checkpoint(t)
-        number = stopped.args[0]
-        logging.info(f"stopped by {number.name} after {t.state['step']} steps; --resume goes on")
-        sys.exit(128 + number)
-    finally:
-        t.log.close()
+        save_model(run, 0)
+        save_run(run)
+    loader = data_loader(run, data.train_set, shuffle=True)
+    valid_loader = data_loader(run, Utterances([data.valid_set]), shuffle=False)
+    while state["epoch"] < args.epochs:
+        train_epoch(run, loader)
+        end_epoch(run, loader, valid_loader)
+        if not run.has_steps_left():
+            break
+    logging.info(f"done: {state['epoch']} epochs, {state['step']} steps, see {run.path}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    signals = {}  # received: number -> when
-
-    def remember(number, frame):
-        # torchrun hands on what its processes got as well: only later it means impatience.
-        since = time.monotonic() - signals.setdefault(number, time.monotonic())
-        if number == signal.SIGINT and since > 2:
-            raise KeyboardInterrupt
-
-    for number in SIGNALS:
-        signal.signal(number, remember)
-
+    setup_logging()
+    signals = Signals()
     rank, world_size, device = start_processes(args.device)
-    try:
-        train(args, rank, world_size, device, signals)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"{device} is out of memory: lower --batch_size, or raise --accumulate_steps"
-        ) from None
-    except (RuntimeError, ConnectionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, ConnectionError) or "DataLoader worker" in first:
-            # At once: the loader's own end would print a traceback after our line.
-            print(f"train.py: error: a process that loads data died: {first}", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
-        if world_size == 1 and "can't allocate memory" not in first:
-            raise
-        # Most often another process is gone; what it said stands elsewhere.
-        raise UserError(f"process {rank + 1} of {world_size} cannot go on: {first}") from error
+    if rank > 0:
+        logging.getLogger().setLevel(logging.ERROR)  # the first process warns for all
+    path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
+    advice = "lower --batch_size, or raise --accumulate_steps"
+    with report_machine_errors(device, rank, world_size, advice):
+        resuming = bool(all_reduce(torch.tensor(int(rank == 0 and find_run(args, path)))))
+        run = set_up(args, path, open_data(args), signals, rank, world_size, device)
+        if resuming:
+            restore_run(run)
+            if is_done(run):
+                logging.info(f"{path}: nothing is left to do after {run.state['step']} steps")
+                return
+        elif args.init_checkpoint:
+            load_weights(run.model, args.init_checkpoint)
+        open_folder(run)
+        announce(run, resuming)
+        try:
+            train(run, resuming)
+        except Stopped as stopped:
+            save_run(run)
+            number = signal.Signals(stopped.args[0])
+            logging.info(f"stopped by {number.name} after {run.state['step']} steps; use --resume")
+            sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,6 +1,6 @@
 """What the benchmarks share: the machine's line, clocks, the rate of matrix products, the table.
 
-Importing it puts the repository's root on the path. Nothing heavy is imported before it is needed.
+Importing it puts the repository's root on the path.
 """
 
 import contextlib
@@ -13,15 +13,18 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from utils import num_cores
+from apc_model import APCModel, apc_loss
+from utils import RNNConfig, num_cores
 
 
 def start(device="cpu", precision="float32"):
     """Print the line that names the machine, and the head of the table."""
-    import torch
-
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -56,8 +59,6 @@ def quiet():
 
 
 def synchronize(device):
-    import torch
-
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -73,8 +74,6 @@ def clock(function, device="cpu"):
 
 def matmul_rate(device="cpu", dtype=None):
     """FLOP/s of large matrix products on the device: the best of three sizes, five times each."""
-    import torch
-
     best = 0
     for m, k, n in ((2048, 2048, 2048), (4096, 1024, 4096), (8192, 512, 1536)):
         a = torch.randn(m, k, device=device, dtype=dtype)
@@ -87,9 +86,6 @@ def matmul_rate(device="cpu", dtype=None):
 
 def gpu_idle(function):
     """The share of a call's time in which no kernel runs on the GPU, by torch.profiler."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     function()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         seconds = clock(function, "cuda")
@@ -112,8 +108,6 @@ MEL_DIM, HIDDEN, LAYERS = 80, 512, 3
 
 def make_folder(path, lengths, max_seq_len, num_files=64):
     """A prepared folder of len(lengths) utterances: links to a few files of noise."""
-    import torch
-
     os.makedirs(path)
     files = [os.path.join(path, f"{number}.noise") for number in range(num_files)]
     for file in files:
@@ -127,19 +121,12 @@ def make_folder(path, lengths, max_seq_len, num_files=64):
 
 def librispeech_lengths(count):
     """Frames of utterances, spread about as those of LibriSpeech's train-clean-360."""
-    import numpy as np
-
     random = np.random.default_rng(0)
     short, usual = random.uniform(150, 1150, count), random.normal(1430, 110, count)
     return np.where(random.random(count) < 0.3, short, usual).clip(150, 2400).astype(int)
 
 
 def build_model(device, hidden=HIDDEN, layers=LAYERS):
-    import torch
-
-    from apc_model import APCModel
-    from utils import RNNConfig
-
     torch.manual_seed(0)
     return APCModel(MEL_DIM, None, RNNConfig(MEL_DIM, hidden, layers, 0.0, True)).to(device)
 
@@ -153,10 +140,6 @@ def flop_per_frame(training, hidden=HIDDEN, layers=LAYERS):
 
 def bare_step(model, optimizer, inputs, lengths, seq_len, time_shift=1):
     """What a training step cannot do without."""
-    import torch
-
-    from apc_model import apc_loss
-
     n = time_shift
     optimizer.zero_grad()
     predicted_mel, _ = model(inputs[:, :-n], lengths - n)

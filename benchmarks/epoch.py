@@ -8,8 +8,18 @@ corpus is seen with a small model, which leaves the rest of the work nowhere to 
 """
 
 import argparse
+import os
+import statistics
+import tempfile
+from functools import partial
+from unittest import mock
+
+import numpy as np
 
 import common
+import train
+from datasets import Utterances
+from utils import choose_device
 
 
 def build_parser():
@@ -25,52 +35,35 @@ def build_parser():
     return parser
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()
-
-import os
-import statistics
-import tempfile
-from unittest import mock
-
-import numpy as np
-
-import train
-from utils import choose_device
+def bare_steps(run, batches):
+    for inputs, lengths, _ in batches:
+        inputs, lengths = inputs.to(run.device), lengths.to(run.device)
+        common.bare_step(run.model, run.optimizer, inputs, lengths, run.data.seq_len)
 
 
 def run_epochs(folder, corpus, count, device, bare=False, flags=()):
-    """Run train.py in this process -> [seconds] of epochs, their ends, the bare steps; frames."""
+    """Train as train.py does -> [seconds] of epochs, of their ends, of the bare steps; frames."""
     epochs, ends, bare_epochs, frames = [], [], [], []
-    train_epoch, end_epoch = train.train_epoch, train.end_epoch
-
-    def bare_steps(t, batches):
-        for inputs, lengths in batches:
-            inputs, lengths = inputs.to(t.device), lengths.to(t.device)
-            common.bare_step(t.model, t.optimizer, inputs, lengths, t.seq_len)
-
-    def timed_epoch(t, loader):
-        if bare:  # on the batches that the epoch will have
-            loader.batch_sampler.set_epoch(t.state["epoch"])
-            batches = list(loader)
-            frames.append(sum(int(lengths.sum()) for _, lengths in batches))
-            bare_epochs.append(common.clock(lambda: bare_steps(t, batches), device))
-        epochs.append(common.clock(lambda: train_epoch(t, loader), device))
-
-    def timed_end(*args):
-        ends.append(common.clock(lambda: end_epoch(*args), device))
-
+    path = os.path.join(folder, "logs", corpus)
     args = train.parse_args(
         ["--librispeech_path", folder, "--train_split", corpus, "--valid_split", "valid"]
-        + ["--store_path", os.path.join(folder, "logs"), "--experiment_name", corpus]
-        + ["--epochs", str(count), "--rnn_residual", "--device", device.type, *flags]
+        + ["--rnn_residual", "--device", device.type, *flags]
     )
-    with (
-        common.quiet(),
-        mock.patch.object(train, "train_epoch", timed_epoch),
-        mock.patch.object(train, "end_epoch", timed_end),
-    ):
-        train.train(args, rank=0, world_size=1, device=device, signals=[])
+    with common.quiet():
+        data, no_signals = train.open_data(args), mock.Mock(received=set())
+        run = train.set_up(args, path, data, no_signals, 0, 1, device)
+        train.open_folder(run)
+        loader = train.data_loader(run, data.train_set, shuffle=True)
+        valid_loader = train.data_loader(run, Utterances([data.valid_set]), shuffle=False)
+        for _ in range(count):
+            if bare:  # on the batches that the epoch will have
+                loader.batch_sampler.set_epoch(run.state["epoch"])
+                batches = list(loader)
+                frames.append(sum(int(lengths.sum()) for _, lengths, _ in batches))
+                bare_epochs.append(common.clock(partial(bare_steps, run, batches), device))
+            epochs.append(common.clock(partial(train.train_epoch, run, loader), device))
+            end = partial(train.end_epoch, run, loader, valid_loader)
+            ends.append(common.clock(end, device))
     return epochs, ends, bare_epochs, frames
 
 

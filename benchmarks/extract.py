@@ -8,8 +8,14 @@ real-time factor of 0.01 means that one core keeps up with 100 streams.
 """
 
 import argparse
+import os
+import tempfile
+
+import numpy as np
+import torch
 
 import common
+from utils import choose_device
 
 
 def build_parser():
@@ -23,18 +29,6 @@ def build_parser():
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to extract")
     add("--work_dir", metavar="DIR", help="for the files (default: the system's temporary folder)")
     return parser
-
-
-if __name__ == "__main__":
-    build_parser().parse_args()
-
-import os
-import tempfile
-
-import numpy as np
-import torch
-
-from utils import choose_device
 
 
 def stream(chunk, num_frames):

@@ -7,8 +7,12 @@ links to one tensor, with lengths like LibriSpeech's cut at 1600 frames.
 """
 
 import argparse
+import json
+import os
+import tempfile
 
 import common
+from datasets import BatchSampler, LibriSpeech, Utterances
 
 
 def build_parser():
@@ -23,19 +27,9 @@ def build_parser():
     return parser
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()
-
-import json
-import os
-import tempfile
-
-import datasets
-
-
 def padding(lengths, bucketing):
     """The share of padding in an epoch's batches of 32."""
-    sampler = datasets.BatchSampler(lengths, batch_size=32, bucketing=bucketing)
+    sampler = BatchSampler(lengths, batch_size=32, bucketing=bucketing)
     padded = sum(lengths[batch].max() * len(batch) for batch in sampler)
     return 1 - lengths.sum() / padded
 
@@ -43,9 +37,8 @@ def padding(lengths, bucketing):
 def open_folder(path):
     opened, drawn = [], []
     figures = {}
-    figures["open"] = common.clock(lambda: opened.append(datasets.LibriSpeech(path, time_shift=3)))
-    lengths = datasets.frame_counts(opened[0])
-    sampler = datasets.BatchSampler(lengths, batch_size=32)
+    figures["open"] = common.clock(lambda: opened.append(LibriSpeech(path, time_shift=3)))
+    sampler = BatchSampler(Utterances(opened).num_frames, batch_size=32)
     figures["draw"] = common.clock(lambda: drawn.extend(sampler))
     return figures
 

@@ -9,8 +9,20 @@ Start-up is left out. Times are the best of --rounds rounds, in which the sides 
 """
 
 import argparse
+import multiprocessing
+import os
+import tempfile
+from functools import partial
+
+import kaldi_native_fbank
+import numpy as np
+import soundfile
 
 import common
+import prepare_data
+from formats import audio
+
+SECONDS, RATE = 12, 16000
 
 
 def build_parser():
@@ -26,23 +38,6 @@ def build_parser():
     return parser
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()
-
-import multiprocessing
-import os
-import tempfile
-from functools import partial
-
-import numpy as np
-import soundfile
-
-import audio
-import prepare_data
-
-SECONDS, RATE = 12, 16000
-
-
 def speech_like(random):
     """Syllables of filtered noise, int16: it compresses about as well as speech does."""
     time = np.arange(SECONDS * RATE) / RATE
@@ -53,9 +48,7 @@ def speech_like(random):
 
 def fbank_alone(samples):
     """kaldi-native-fbank, fed and read in the fastest way that its binding has -> frames."""
-    import kaldi_native_fbank
-
-    options = audio._fbank_options(audio.FbankConfig())
+    options = audio._options(tuple(audio.fbank_settings().items()))
     extractor = kaldi_native_fbank.OnlineFbank(options)
     extractor.accept_waveform(RATE, memoryview(samples))
     extractor.input_finished()

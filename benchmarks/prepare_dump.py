@@ -7,8 +7,17 @@ tensors; start-up is left out. Times are the best of --rounds rounds, in which t
 """
 
 import argparse
+import os
+import tempfile
+from functools import partial
+
+import numpy as np
+import torch
 
 import common
+import prepare_data
+
+MAX_SEQ_LEN = 1600
 
 
 def build_parser():
@@ -22,21 +31,6 @@ def build_parser():
     add("--rounds", type=int, default=2, help="rounds, of which the best counts")
     add("--work_dir", metavar="DIR", help="for the files (default: the system's temporary folder)")
     return parser
-
-
-if __name__ == "__main__":
-    build_parser().parse_args()
-
-import os
-import tempfile
-from functools import partial
-
-import numpy as np
-import torch
-
-import prepare_data
-
-MAX_SEQ_LEN = 1600
 
 
 def write_dump(path, utterances):

@@ -9,8 +9,14 @@ the matrix products) in turn.
 """
 
 import argparse
+import resource
+from functools import partial
+
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import common
+from utils import choose_device
 
 
 def build_parser():
@@ -26,18 +32,6 @@ def build_parser():
     add("--packed", type=int, metavar="T", help="only print the textbook step's seconds")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser
-
-
-if __name__ == "__main__":
-    build_parser().parse_args()
-
-import resource
-from functools import partial
-
-import torch
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-
-from utils import choose_device
 
 
 def packed_step(model, optimizer, inputs, lengths, seq_len):

@@ -6,15 +6,17 @@
 
 The sentences were written for this purpose. Each is spoken once, by one of flite's four voices of
 16 kHz, each of which is a speaker. Features as `prepare_data.py --librispeech_from_audio` makes
-them: the original's fbank (audio.py) without dither, normalised to mean 0 and variance 1 over the
-speaker's whole speech. Utterance ids have LibriSpeech's shape, speaker-chapter-number; chapter 1 is
-train, chapter 2 dev. The files have the original's dump format: a line with the utterance id, a
-line of decimals for each frame, a line with a full stop. Made again on the same machine they are
-the same to the byte; another version of flite, kaldi-native-fbank or xz may change them.
+them: the original's fbank (formats/audio.py) without dither, normalised to mean 0 and variance 1
+over the speaker's whole speech. Utterance ids have LibriSpeech's shape, speaker-chapter-number;
+chapter 1 is train, chapter 2 dev. The files have the original's dump format: a line with the
+utterance id, a line of decimals for each frame, a line with a full stop. Made again on the same
+machine they are the same to the byte; other versions of flite, kaldi-native-fbank or xz may change
+them.
 """
 
 import lzma
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,8 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from audio import FbankConfig, apply_cmvn, cmvn_stats, fbank, read_audio
-from utils import UserError, run
+from formats.audio import apply_cmvn, cmvn_stats, fbank_settings, read_fbank
+from utils import UserError, atomic_write, run_main
 
 VOICES = {"9001": "kal16", "9002": "awb", "9003": "rms", "9004": "slt"}  # speaker: flite's name
 
@@ -81,23 +83,31 @@ SENTENCES = {
 }
 
 
-def speak(sentence, voice, folder):
-    """One sentence in a flite voice, as log-Mel frames (T, 80)."""
-    path = os.path.join(folder, "sentence.wav")
-    subprocess.run(["flite", "-voice", voice, "-t", sentence, "-o", path], check=True)
-    config = FbankConfig()
-    return fbank(read_audio(path, config.sample_rate), config, name=path)
-
-
-def check_flite():
-    """flite speaks in another voice, and says nothing, where it lacks the one asked for."""
+def check_flite(voices):
+    """Asked for a voice that it does not have, flite silently speaks in another one."""
     try:
         listed = subprocess.run(["flite", "-lv"], capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         raise UserError("needs the speech synthesiser flite: apt-get install flite") from None
-    missing = sorted(set(VOICES.values()) - set(listed.split()))
+    missing = sorted(set(voices) - set(listed.split()))
     if missing:
         raise UserError(f"flite lacks the voices {', '.join(missing)}; it has {listed.strip()}")
+
+
+def synthesise(sentence, voice, path, *flags):
+    """Speak a sentence into the WAV file `path` -> what flite prints."""
+    command = ["flite", "-voice", voice, *flags, "-t", sentence, "-o", path]
+    flite = subprocess.run(command, capture_output=True, text=True, check=False)
+    if flite.returncode or not os.path.exists(path):
+        raise UserError(f"{shlex.join(command)}: status {flite.returncode} {flite.stderr[:200]}")
+    return flite.stdout
+
+
+def speak(sentence, voice, folder):
+    """One sentence in a flite voice, as log-Mel frames (T, 80)."""
+    path = os.path.join(folder, "sentence.wav")
+    synthesise(sentence, voice, path)
+    return read_fbank(path, fbank_settings())
 
 
 def dump(utterances):
@@ -110,18 +120,8 @@ def dump(utterances):
     return "\n".join(lines) + "\n"
 
 
-def write(path, content):
-    """Under its final name a file is complete or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main():
-    check_flite()
+    check_flite(VOICES.values())
     splits = {split: {} for split in SENTENCES}
     stats = dict.fromkeys(VOICES, 0)
     speakers = list(VOICES)
@@ -138,7 +138,8 @@ def main():
             utt_id: apply_cmvn(frames, stats[utt_id.split("-")[0]])
             for utt_id, frames in utterances.items()
         }
-        write(path, lzma.compress(dump(normalised).encode(), preset=9 | lzma.PRESET_EXTREME))
+        with atomic_write(path) as file:
+            file.write(lzma.compress(dump(normalised).encode(), preset=9 | lzma.PRESET_EXTREME))
         count = sum(map(len, utterances.values()))
         print(
             f"{path}: {len(utterances)} utterances, {count} frames ({count / 100:.1f} s), "
@@ -147,4 +148,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

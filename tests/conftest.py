@@ -1,30 +1,78 @@
-"""What several test files share: prepared folders written by hand, and the scripts run for real."""
+"""What several test files share: scripts run for real, data and hostile files, training runs.
 
-import atexit
-import gc
+Processes that are killed or watched are started by `server`, of processes.py.
+"""
+
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
+from processes import ONE_THREAD, ROOT, Server, until
 
 import utils
 
-ROOT = Path(__file__).resolve().parent.parent
-# tqdm shares its lock with forks. A test that kills a fork may kill it while it holds the lock, and
-# the next bar here would wait for it for ever: this lock is a process' own.
-tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0  # no thread that a fork could catch holding it
+# Scripts ------------------------------------------------------------------------------------------
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Starts runs of the scripts: see processes.Server."""
+    server = Server(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Run a script's main in this process as the script would: like subprocess.run's result."""
+
+    def call(module, *argv):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        capsys.readouterr()
+        status = 0
+        try:
+            utils.run_main(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status or 0, stdout=out, stderr=err)
+
+    return call
+
+
+def run_script(name, *args, timeout=120, env=None, **kw):
+    """Run a script of the repository from a fresh interpreter; output captured as text."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    env = {**os.environ, **ONE_THREAD, **(env or {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=env, check=False, **kw
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MiB, or the test is skipped. processes.leave_room fills it."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+# Data ---------------------------------------------------------------------------------------------
 
 
 def make_folder(path, lengths, mel_dim=80, max_seq_len=None, seed=0, prefix="utt"):
@@ -52,103 +100,143 @@ def make_folder(path, lengths, mel_dim=80, max_seq_len=None, seed=0, prefix="utt
     return tensors, table
 
 
-@pytest.fixture
-def call_main(monkeypatch, capsys):
-    """Run a script's main in this process as the script would: like subprocess.run's result."""
-
-    def call(module, *argv):
-        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
-        capsys.readouterr()
-        status = 0
-        try:
-            utils.run(module.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status or 0, stdout=out, stderr=err)
-
-    return call
+def speech(seconds=1.0, seed=0, rate=16000):
+    """int16 (samples,): harmonics of a gliding pitch, now loud and now soft, noise, an offset."""
+    random = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    phase = 2 * np.pi * (110 * t + 15 * np.sin(3 * t + seed))
+    tone = sum(np.sin(k * phase) / k for k in range(1, 30))
+    wave = 4000 * tone * (1 + np.sin(9 * t + seed)) + 50 * random.standard_normal(len(t)) + 200
+    return np.clip(wave, -32768, 32767).astype(np.int16)
 
 
-def run_script(name, *args, timeout=120, env=None, **kw):
-    """Run a script of the repository in a process of its own; output captured as text."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    env = {**os.environ, **ONE_THREAD, **(env or {})}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=env, check=False, **kw
-    )
+class Hostile:
+    """Pickled, this creates the file `marker` when a careless reader loads it."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
 
 
-def run_forked(name, jobs, folder, timeout=240):
-    """Run a script once for each job; every run is a fresh process, forked after `import torch`.
+def hostile_files(folder):
+    """Write files that would run code -> ({format: path}, the file that would appear then).
 
-    Only the import is shared, which makes a dozen short runs affordable; two run at a time. A job
-    is a list of arguments, or a pair (arguments, file): the file then receives what the model was
-    fed, a list of (training, inputs, lengths). Returns results like those of subprocess.run.
+    The formats are "pickle", "zip" and "legacy", the latter two of torch.save.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [job if isinstance(job, tuple) else (job, None) for job in jobs]
-    plan = [[[str(a) for a in args], str(record or "")] for args, record in jobs]
-    (folder / "jobs.json").write_text(json.dumps(plan))
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    subprocess.run(
-        [sys.executable, "-c", "import conftest; conftest._fork_jobs()", name, folder],
-        env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths},
-        timeout=timeout,
-        check=True,
+    marker = folder / "marker"
+    attack = {"model": Hostile(marker)}
+    files = {name: folder / f"hostile.{name}" for name in ("pickle", "zip", "legacy")}
+    files["pickle"].write_bytes(pickle.dumps(attack))
+    torch.save(attack, files["zip"])
+    torch.save(attack, files["legacy"], _use_new_zipfile_serialization=False)
+    return files, marker
+
+
+# Runs of train.py ---------------------------------------------------------------------------------
+
+D, SEQ_LEN = 8, 30
+TRAIN = [18, 7, 30, 12, 25, 9, 30, 21, 6, 15, 28, 11, 19, 30, 8, 23, 14, 27, 10, 17, 22]
+SHORT = [2, 1]  # no frame to predict at the time shifts that the tests use: left out
+VALID = [20, 9, 30, 13, 26]  # in both, one utterance is left over for the last batch
+BATCHES, EPOCHS = 6, 4
+STEPS = EPOCHS * BATCHES
+PLAIN = [
+    *("--feature_dim", D, "--rnn_hidden_size", 8, "--rnn_num_layers", 2, "--rnn_residual"),
+    *("--time_shift", 2, "--batch_size", 4, "--learning_rate", 0.01, "--epochs", EPOCHS),
+    *("--device", "cpu", "--load_data_workers", 0),
+]
+FULL = [  # with all that a resumed run could get wrong
+    *(*PLAIN, "--load_data_workers", 2, "--rnn_dropout", 0.3),
+    *("--prenet_num_layers", 1, "--prenet_dropout", 0.2),
+]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of two splits: its path, and {name: (frames, length)} of what is used of each."""
+    path = tmp_path_factory.mktemp("corpus")
+
+    def split(name, lengths, **kw):
+        tensors, table = make_folder(path / name, lengths, D, SEQ_LEN, **kw)
+        return {name: (tensors[name], n) for name, n in table.items() if n > max(SHORT)}
+
+    train = split("train-clean-360", [*TRAIN, *SHORT])
+    return SimpleNamespace(path=path, train=train, valid=split("dev-clean", VALID, seed=1))
+
+
+@pytest.fixture(scope="session")
+def place(corpus, tmp_path_factory):
+    """place(name) -> (flags that make a run of that name, its folder)."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def place(name, store=logs):
+        flags = ["--librispeech_path", corpus.path, "--store_path", store]
+        flags += ["--experiment_name", name]
+        return flags, Path(store) / f"{name}.dir"
+
+    return place
+
+
+@pytest.fixture(scope="session")
+def one(server, place):
+    """{kind of loss: folder of a whole run of one process, without dropout}."""
+    jobs = {"padded": [], "masked": ["--mask_padding"]}
+    jobs = {name: [*PLAIN, *flags, *place(name)[0]] for name, flags in jobs.items()}
+    for process in server.run_all("train.py", jobs).values():
+        assert process.returncode == 0, process.stderr
+    return {name: place(name)[1] for name in jobs}
+
+
+def models(path):
+    """A run's folder -> {"epoch_<k>": state dict}."""
+    return {
+        file.stem.partition("__")[2]: torch.load(file, weights_only=True)
+        for file in path.glob("*.model")
+    }
+
+
+def last(path):
+    return torch.load(path / "last.ckpt", weights_only=True)
+
+
+def same(weights, others):
+    """Whether two state dicts are equal to the bit."""
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights
     )
-    codes = json.loads((folder / "codes.json").read_text())
-    return [
-        SimpleNamespace(
-            returncode=code,
-            stdout=(folder / f"{i}.stdout").read_text(),
-            stderr=(folder / f"{i}.stderr").read_text(),
-        )
-        for i, code in enumerate(codes)
-    ]
 
 
-def _fork_jobs():
-    """The far side of run_forked, in its own interpreter."""
-    import torch._dynamo  # what torch's optimizers import when the first one is made
-    import torch.utils.tensorboard  # noqa: F401  (all of it paid once, before the forks)
-
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    jobs = json.loads((folder / "jobs.json").read_text())
-    running, codes = {}, [None] * len(jobs)
-
-    def wait():
-        pid, status = os.wait()
-        codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-
-    gc.freeze()  # else each process spends a second on collecting what it inherited as it ends
-    for i, (args, record) in enumerate(jobs):
-        pid = os.fork()
-        if pid == 0:
-            for fd, stream in ((1, "stdout"), (2, "stderr")):
-                os.dup2(os.open(folder / f"{i}.{stream}", os.O_WRONLY | os.O_CREAT), fd)
-            if record:
-                _record_forward(record)
-            sys.argv = [name, *args]
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-            sys.exit(0)
-        running[pid] = i
-        if len(running) == 2:
-            wait()
-    while running:
-        wait()
-    (folder / "codes.json").write_text(json.dumps(codes))
+def metrics(path):
+    """-> lines of steps, lines of epochs; without the speed, which never repeats."""
+    steps, epochs = [], []
+    for line in (path / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        entry.pop("frames_per_second", None)
+        (epochs if "validation_loss" in entry else steps).append(entry)
+    return steps, epochs
 
 
-def _record_forward(file):
-    from apc_model import APCModel
+def epoch_losses(path):
+    return [(entry["training_loss"], entry["validation_loss"]) for entry in metrics(path)[1]]
 
-    calls, forward = [], APCModel.forward
 
-    def recording(self, inputs, lengths):
-        calls.append((self.training, inputs.detach().clone(), lengths.detach().clone()))
-        return forward(self, inputs, lengths)
+def assert_close_losses(path, reference, tolerance=1e-3):
+    ours, theirs = epoch_losses(path), epoch_losses(reference)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs):
+        assert mine == pytest.approx(other, rel=tolerance)
 
-    APCModel.forward = recording
-    atexit.register(lambda: torch.save(calls, file))
+
+def until_step(step, process, path):
+    """Wait until a run has logged a step; what it may be going on with does not count."""
+    file = path / "metrics.jsonl"
+
+    def is_there():
+        if " - model: " not in process.stderr or not file.exists():
+            return False
+        lines = file.read_text().split("\n")[:-1]  # the last one may be under way
+        return any(json.loads(line)["step"] >= step for line in lines)
+
+    until(is_there, process)

@@ -1,13 +1,14 @@
-"""The model against the packed reference, and the properties that make packing needless."""
+"""apc_model.py: the model is the packed reference, whole or in chunks; the loss, by brute force."""
 
 import copy
+import math
 
 import pytest
 import torch
-from reference import PackedAPC, padded_loss
+from reference import PackedAPC, frame_loss, padded_loss
 from torch import nn
 
-from apc_model import APCModel
+from apc_model import APCModel, apc_loss, mean_losses
 from utils import PrenetConfig, RNNConfig
 
 MEL = 12
@@ -21,16 +22,9 @@ CASES = {
     "deep-prenet-residual": dict(hidden=16, layers=2, prenet_layers=3, residual=True),
     "lstm": dict(hidden=16, layers=3, rnn_type="lstm"),
     "lstm-residual-into-first": dict(hidden=MEL, layers=2, residual=True, rnn_type="lstm"),
-    "lstm-prenet-residual": dict(
-        hidden=16, layers=2, prenet_layers=2, residual=True, rnn_type="lstm"
+    "lstm-one-layer-prenet-residual": dict(
+        hidden=16, layers=1, prenet_layers=2, residual=True, rnn_type="lstm"
     ),
-}
-LENGTHS = {
-    "falling": [11, 8, 3, 1],
-    "rising": [1, 3, 8, 11],
-    "mixed-with-ties": [3, 11, 1, 11, 7],
-    "all-full": [13, 13],
-    "single": [6],
 }
 FRAMES = 13  # longer than most batches' longest utterance, as in a stored, padded batch
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -51,11 +45,11 @@ def build(
     return APCModel(MEL, prenet, RNNConfig(width, hidden, layers, dropout, residual, rnn_type))
 
 
-def pair(case, seed=0):
+def pair(case, **dropouts):
     """The reference and the model under test with the same weights, in eval mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     reference = PackedAPC(MEL, **case).eval()
-    model = build(**case).eval()
+    model = build(**case, **dropouts).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     return reference, model
 
@@ -72,85 +66,53 @@ def real(lengths, frames=FRAMES):
     return torch.arange(frames) < lengths[:, None]
 
 
-def close(a, b, tolerance=1e-5):
-    return torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+def close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+def gradients(net):
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+# The model ----------------------------------------------------------------------------------------
 
 
 @every_case
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_outputs_are_the_packed_models(case, lengths):
+def test_outputs_are_the_packed_models(case):
     reference, model = pair(case)
-    inputs, lengths = padded_batch(lengths)
-    with torch.no_grad():
-        expected, got = reference(inputs, lengths), model(inputs, lengths)
-    close(got[0], expected[0])
-    close(got[1], expected[1])
+    layers = case["layers"] + bool(case.get("prenet_layers"))
+    for lengths in ([11, 8, 3, 1], [1, 3, 8, 11], [3, 11, 1, 11, 7], [13, 13], [6]):
+        inputs, lengths = padded_batch(lengths)
+        before = inputs.clone()
+        with torch.no_grad():
+            expected, (predicted, reps) = reference(inputs, lengths), model(inputs, lengths)
+        close(predicted, expected[0])
+        close(reps, expected[1])
+        assert predicted.shape == (len(lengths), FRAMES, MEL)
+        assert reps.shape == (layers, len(lengths), FRAMES, case["hidden"])
+        assert torch.equal(inputs, before)
 
 
-@every_case
-def test_shapes_and_dtype(case):
-    model = build(**case)
-    inputs, lengths = padded_batch([4, 13, 9])
-    predicted, reps = model(inputs, lengths)
-    layers = case["layers"] + (1 if case.get("prenet_layers") else 0)
-    assert predicted.shape == (3, FRAMES, MEL)
-    assert reps.shape == (layers, 3, FRAMES, case["hidden"])
-    assert predicted.dtype == reps.dtype == torch.float32
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-@every_case
-def test_state_dict_is_the_originals(case):
-    """Same names, order and shapes, and strict loading in both directions."""
-    reference, model = PackedAPC(MEL, **case), build(**case)
-    ours, theirs = model.state_dict(), reference.state_dict()
-    assert {k: tuple(v.shape) for k, v in ours.items()} == {
-        k: tuple(v.shape) for k, v in theirs.items()
-    }
-    model.load_state_dict(theirs, strict=True)
-    reference.load_state_dict(build(**case).state_dict(), strict=True)
-
-
-def test_state_dict_keys_spelled_out():
+def test_state_dict_is_the_originals():
+    """Names, order and shapes of the released weights."""
     model = build(hidden=16, layers=2, prenet_layers=1)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    rnn = {
-        f"rnns.{i}.{name}_l0": shape
-        for i in range(2)
-        for name, shape in {
-            "weight_ih": (48, 16),
-            "weight_hh": (48, 16),
-            "bias_ih": (48,),
-            "bias_hh": (48,),
-        }.items()
-    }
-    assert shapes == {
-        "prenet.layers.0.weight": (16, MEL),
-        "prenet.layers.0.bias": (16,),
-        **rnn,
-        "postnet.layer.weight": (MEL, 16, 1),
-        "postnet.layer.bias": (MEL,),
-    }
-
-
-def test_parts_and_attributes_of_the_original():
-    model = build(hidden=16, layers=3, residual=True)
-    assert model.mel_dim == MEL and model.prenet is None and model.rnn_residual is True
-    assert isinstance(model.postnet.layer, nn.Conv1d)
-    assert model.postnet.layer.kernel_size == (1,)
-    assert [type(rnn) for rnn in model.rnns] == [nn.GRU] * 3
-    assert all(r.batch_first and r.num_layers == 1 and not r.bidirectional for r in model.rnns)
-    lstm = build(hidden=16, layers=2, prenet_layers=1, rnn_type="lstm")
-    assert lstm.prenet is not None and [type(rnn) for rnn in lstm.rnns] == [nn.LSTM] * 2
+    gru = {"weight_ih": (48, 16), "weight_hh": (48, 16), "bias_ih": (48,), "bias_hh": (48,)}
+    assert [(name, tuple(value.shape)) for name, value in model.state_dict().items()] == [
+        ("prenet.layers.0.weight", (16, MEL)),
+        ("prenet.layers.0.bias", (16,)),
+        *((f"rnns.{i}.{name}_l0", shape) for i in range(2) for name, shape in gru.items()),
+        ("postnet.layer.weight", (MEL, 16, 1)),
+        ("postnet.layer.bias", (MEL,)),
+    ]
 
 
 def test_configs_are_positional_as_in_the_original():
     """Five values make an RNN configuration, as in code written for the original; GRU then."""
-    config = RNNConfig(MEL, 16, 2, 0.1, True)
-    assert config.rnn_type == "gru"
-    assert tuple(config)[:5] == (MEL, 16, 2, 0.1, True)
-    assert tuple(PrenetConfig(MEL, 16, 2, 0.1)) == (MEL, 16, 2, 0.1)
-    assert isinstance(APCModel(MEL, None, config).rnns[0], nn.GRU)
+    model = APCModel(MEL, PrenetConfig(MEL, 16, 2, 0.1), RNNConfig(16, 16, 3, 0.2, True))
+    assert model.mel_dim == MEL and model.rnn_residual is True
+    assert [type(rnn) for rnn in model.rnns] == [nn.GRU] * 3
+    assert len(model.prenet.layers) == 2
+    assert (model.prenet.dropout.p, model.rnn_dropout.p) == (0.1, 0.2)
 
 
 @every_case
@@ -158,106 +120,73 @@ def test_gradients_are_the_packed_models(case):
     """Of the original's loss and of the representations, for every weight and the inputs."""
     reference, model = pair(case)
     batch, lengths = padded_batch([5, 13, 2, 9])
-    grads = []
+    found = []
     for net in (reference, model):
         inputs = batch.clone().requires_grad_()
         loss = padded_loss(net, batch, lengths, 1) + net(inputs, lengths)[1].pow(2).mean()
         loss.backward()
-        grads.append({"inputs": inputs.grad, **{k: p.grad for k, p in net.named_parameters()}})
-    for name, expected in grads[0].items():
-        close(grads[1][name], expected, 1e-6)
+        found.append({"inputs": inputs.grad, **gradients(net)})
+    close(found[1], found[0], 1e-6)
+
+
+@pytest.mark.parametrize("case", ["residual-into-first", "deep-prenet-residual", "lstm"])
+def test_a_batch_too_large_for_one_chunk(case):
+    """Utterances that end in, at and after the seams of T, and the gradient through these."""
+    reference, model = pair(CASES[case])
+    inputs, lengths = padded_batch(range(4, 196, 3), 196)  # 64 utterances: in chunks of 64 frames
+    outputs, found = [], []
+    for net in (reference.double(), model.double()):
+        padded_loss(net, inputs.double(), lengths, 3).backward()
+        outputs.append(net(inputs.double(), lengths))
+        found.append(gradients(net))
+    close(outputs[1], outputs[0], 1e-12)
+    close(found[1], found[0], 1e-12)
 
 
 @every_case
-def test_batches_that_go_through_in_pieces_are_the_packed_models(case):
-    """Utterances that end in, at and after the seams, and the gradient through them."""
-    reference, model = pair(case)
-    reference, model = reference.double(), model.double()
-    inputs, lengths = padded_batch(range(10, 330, 10), 320)  # 32 utterances
-    inputs = inputs.double()
-    outputs, grads = [], []
-    for net in (reference, model):
-        padded_loss(net, inputs, lengths, 3).backward()
-        grads.append({k: p.grad for k, p in net.named_parameters()})
-        outputs.append(net(inputs, lengths))
-    for expected, got in zip(*outputs):
-        close(got, expected, 1e-12)
-    for name, expected in grads[0].items():
-        close(grads[1][name], expected, 1e-12)
-
-
-@every_case
-def test_beyond_the_lengths(case):
-    """Representations are exactly 0 there and the prediction is the postnet's bias."""
-    model = build(**case)
+def test_padding(case):
+    """Its content reaches no output and no gradient; beyond the lengths, 0 and the bias."""
+    _, model = pair(case)
     inputs, lengths = padded_batch([4, 13, 9])
-    predicted, reps = model(inputs, lengths)
     outside = ~real(lengths)
-    assert outside.any() and (reps[:, outside] == 0).all()
-    close(predicted[outside], model.postnet.layer.bias.expand(int(outside.sum()), MEL), 1e-7)
-
-
-@every_case
-@pytest.mark.parametrize("garbage", [1e3, float("nan"), float("inf")])
-def test_padding_content_reaches_no_output(case, garbage):
-    _, model = pair(case)
-    inputs, lengths = padded_batch([4, 13, 9])
-    dirty = inputs.masked_fill(~real(lengths)[..., None], garbage)
-    clean_out, dirty_out = model(inputs, lengths), model(dirty, lengths)
-    close(dirty_out[0], clean_out[0], 1e-6)
-    close(dirty_out[1], clean_out[1], 1e-6)
-
-
-@every_case
-def test_padding_content_reaches_no_gradient(case):
-    _, model = pair(case)
-    inputs, lengths = padded_batch([4, 13, 9])
-    dirty = inputs.masked_fill(~real(lengths)[..., None], 1e3)
-    grads = []
-    for batch in (inputs, dirty):
+    outputs, found = {}, {}
+    for garbage in (0.0, 1e3, math.inf, math.nan):
+        predicted, reps = model(inputs.masked_fill(outside[..., None], garbage), lengths)
+        assert (reps[:, outside] == 0).all()
+        assert (predicted[outside] == model.postnet.layer.bias).all()
         model.zero_grad()
-        predicted, reps = model(batch, lengths)
         (predicted.abs().mean() + reps.pow(2).mean()).backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    for clean, got in zip(*grads):
-        close(got, clean, 1e-6)
+        outputs[garbage], found[garbage] = (predicted, reps), gradients(model)
+        close(outputs[garbage], outputs[0.0], 1e-6)
+    close(found[1e3], found[0.0], 1e-6)
 
 
 @every_case
-def test_an_utterance_does_not_depend_on_its_batch(case):
-    _, model = pair(case)
-    inputs, lengths = padded_batch([4, 13, 9, 1])
-    predicted, reps = model(inputs, lengths)
-    for b, n in enumerate(lengths.tolist()):
-        alone = model(inputs[b : b + 1, :n], lengths[b : b + 1])
-        close(predicted[b, :n], alone[0][0], 1e-6)
-        close(reps[:, b, :n], alone[1][:, 0], 1e-6)
-
-
-@every_case
-@pytest.mark.parametrize("t", [0, 1, 6, 12])
-def test_causal(case, t):
-    """Changing frame t leaves every output before t alone, and changes those at t."""
+def test_causal(case):
+    """Changing a frame leaves every output before it alone, and changes those at it."""
     _, model = pair(case)
     inputs, lengths = padded_batch([13, 13])
-    changed = inputs.clone()
-    changed[:, t] += 1.0
-    with torch.no_grad():
-        before, after = model(inputs, lengths), model(changed, lengths)
-    for a, b in zip(before, after):
-        close(b[..., :t, :], a[..., :t, :], 1e-6)
-        assert ((b[..., t, :] - a[..., t, :]).abs().amax(-1) > 1e-4).all()
+    for t in (0, 1, 6, 12):
+        changed = inputs.clone()
+        changed[:, t] += 1.0
+        with torch.no_grad():
+            before, after = model(inputs, lengths), model(changed, lengths)
+        for a, b in zip(before, after):
+            close(b[..., :t, :], a[..., :t, :], 1e-6)
+            assert ((b[..., t, :] - a[..., t, :]).abs().amax(-1) > 1e-4).all()
 
 
 def test_rnn_dropout_follows_every_layer_but_the_last():
-    model = build(hidden=16, layers=3, dropout=1.0).train()
+    model = build(hidden=16, layers=3, prenet_layers=1, dropout=1.0).train()
     inputs, lengths = padded_batch([13, 6])
     _, reps = model(inputs, lengths)
-    assert (reps[:2] == 0).all()
-    silence = torch.zeros(2, FRAMES, 16)
-    expected = model.rnns[2](silence)[0] * real(lengths)[..., None]
-    close(reps[2], expected, 1e-6)
+    assert (reps[0] != 0).any(), "the prenet has a dropout of its own"
+    assert (reps[1:3] == 0).all()
+    expected = model.rnns[2](torch.zeros(2, FRAMES, 16))[0] * real(lengths)[..., None]
+    close(reps[3], expected, 1e-6)
     assert (model.eval()(inputs, lengths)[1][:, real(lengths)] != 0).any(-1).all()
+    single = build(hidden=16, layers=1, dropout=0.9)
+    close(single.train()(inputs, lengths)[1], single.eval()(inputs, lengths)[1], 1e-6)
 
 
 def test_rnn_dropout_rate():
@@ -277,26 +206,7 @@ def test_dropout_comes_before_the_residual_sum():
     assert torch.equal(reps[0], inputs) and torch.equal(reps[1], inputs)
 
 
-def test_a_single_layer_is_never_dropped():
-    model = build(hidden=16, layers=1, dropout=0.9)
-    inputs, lengths = padded_batch([13, 6])
-    close(model.train()(inputs, lengths)[1], model.eval()(inputs, lengths)[1], 1e-6)
-
-
-def test_prenet_is_relu_then_dropout():
-    model = build(hidden=16, layers=1, prenet_layers=1, prenet_dropout=0.5)
-    torch.manual_seed(0)
-    inputs, lengths = padded_batch([100] * 8, frames=100)
-    linear = inputs @ model.prenet.layers[0].weight.T + model.prenet.layers[0].bias
-    rectified = linear.clamp(min=0)
-    close(model.eval()(inputs, lengths)[1][0], rectified)
-    dropped = model.train()(inputs, lengths)[1][0]
-    kept = dropped != 0
-    close(dropped[kept], 2 * rectified[kept])
-    assert kept[rectified > 0].float().mean() == pytest.approx(0.5, abs=0.03)
-
-
-def test_prenet_drops_after_each_of_its_layers():
+def test_prenet_drops_after_the_relu_of_each_of_its_layers():
     """Through an identity as second layer a unit survives both dropouts or neither."""
     model = build(hidden=16, layers=1, prenet_layers=2, prenet_dropout=0.5).train()
     with torch.no_grad():
@@ -304,61 +214,188 @@ def test_prenet_drops_after_each_of_its_layers():
         model.prenet.layers[1].bias.zero_()
     torch.manual_seed(0)
     inputs, lengths = padded_batch([100] * 8, frames=100)
-    once = (inputs @ model.prenet.layers[0].weight.T + model.prenet.layers[0].bias).clamp(min=0)
+    first = model.prenet.layers[0]
+    once = (inputs @ first.weight.T + first.bias).clamp(min=0)
     twice = model(inputs, lengths)[1][0]
     kept = twice != 0
     close(twice[kept], 4 * once[kept])
     assert kept[once > 0].float().mean() == pytest.approx(0.25, abs=0.03)
 
 
-def test_rnn_dropout_leaves_the_prenet_alone():
-    model = build(hidden=16, layers=2, prenet_layers=1, dropout=1.0).train()
-    inputs, lengths = padded_batch([13, 6])
-    _, reps = model(inputs, lengths)
-    assert (reps[0] != 0).any() and (reps[1] == 0).all()
+def test_sizes_that_do_not_fit_are_named():
+    rnn = RNNConfig(16, 16, 2, 0.0)
+    cases = {
+        "input_size.*11.*12": (None, rnn._replace(input_size=11)),
+        "input_size.*13.*12": (PrenetConfig(13, 16, 1, 0.0), rnn),
+        "hidden_size.*14.*16": (PrenetConfig(MEL, 14, 1, 0.0), rnn),
+        "hidden_size.*16.*18": (PrenetConfig(MEL, 16, 1, 0.0), rnn._replace(hidden_size=18)),
+        "transformer.*gru.*lstm": (None, RNNConfig(MEL, 16, 2, 0.0, rnn_type="transformer")),
+        "0 layers": (None, RNNConfig(MEL, 16, 0, 0.0)),
+    }
+    for message, configs in cases.items():
+        with pytest.raises(ValueError, match=message):
+            APCModel(MEL, *configs)
 
 
-@pytest.mark.parametrize(
-    "prenet, rnn, numbers",
-    [
-        (None, (11, 16, 2, 0.0, False), ("11", "12")),
-        (PrenetConfig(13, 16, 1, 0.0), (16, 16, 2, 0.0, False), ("13", "12")),
-        (PrenetConfig(12, 14, 1, 0.0), (16, 16, 2, 0.0, False), ("14", "16")),
-        (PrenetConfig(12, 16, 1, 0.0), (16, 18, 2, 0.0, False), ("16", "18")),
-    ],
-    ids=["rnn-input", "prenet-input", "prenet-to-rnn", "rnn-hidden-with-prenet"],
-)
-def test_sizes_that_do_not_fit_are_named(prenet, rnn, numbers):
-    with pytest.raises(ValueError) as caught:
-        APCModel(MEL, prenet, RNNConfig(*rnn))
-    message = str(caught.value)
-    assert all(number in message for number in numbers) and len(message.split()) > 3
+# Streaming ----------------------------------------------------------------------------------------
+
+STREAMED = 37  # frames
+CHUNKS = {
+    "whole": [STREAMED],
+    "frame by frame": [1] * STREAMED,
+    "irregular": [3, 1, 17, 2, 9, 5],
+    "nothing at the start": [0, 0, 20, 17],
+    "nothing here and there": [5, 0, 8, 0, 0, 24, 0],
+}
 
 
-def test_an_unknown_rnn_type_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="(?is)transformer.*gru.*lstm|gru.*lstm.*transformer"):
-        APCModel(MEL, None, RNNConfig(MEL, 16, 2, 0.0, False, "transformer"))
+@every_case
+def test_chunks_together_are_the_packed_model(case):
+    """As real-time use has it: no gradient, each chunk with the state of the one before it."""
+    reference, model = pair(case, dropout=0.5)
+    inputs, lengths = padded_batch([STREAMED] * 3, STREAMED)
+    with torch.no_grad():
+        expected = reference(inputs, lengths)
+    for name, sizes in CHUNKS.items():
+        predicted, reps, state = [], [], None
+        for chunk in inputs.split(sizes, dim=1):
+            with torch.inference_mode():  # entered anew for each chunk
+                *outputs, state = model.stream(chunk, state)
+            assert outputs[0].shape == chunk.shape, name
+            assert outputs[1].shape == (len(expected[1]), *chunk.shape[:2], case["hidden"]), name
+            predicted.append(outputs[0])
+            reps.append(outputs[1])
+        close((torch.cat(predicted, dim=1), torch.cat(reps, dim=2)), expected)
+
+
+@every_case
+def test_the_state_of_a_stream(case):
+    """A list with a state a layer, (1, B, H) for a GRU, a pair of them for an LSTM; it may be kept
+    and gone on from twice, and a chunk of nothing leaves it as it was."""
+    _, model = pair(case)
+    inputs, _ = padded_batch([FRAMES] * 3)
+    with torch.no_grad():
+        _, _, state = model.stream(inputs[:, :10])
+        kept = copy.deepcopy(state)
+        first = model.stream(inputs[:, 10:], state)
+        other = model.stream(-inputs[:, 10:], state)
+        again = model.stream(inputs[:, 10:], state)
+        _, _, after_nothing = model.stream(inputs[:, :0], state)
+    assert isinstance(state, list) and len(state) == case["layers"]
+    shape, is_lstm = (1, 3, case["hidden"]), case.get("rnn_type") == "lstm"
+    for layer in state:
+        assert isinstance(layer, tuple if is_lstm else torch.Tensor)
+        assert [part.shape for part in (layer if is_lstm else [layer])] == [shape] * (1 + is_lstm)
+    close(state, kept, 0)
+    close(after_nothing, kept, 0)
+    close(again[:2], first[:2], 0)
+    assert not torch.allclose(first[1], other[1])
+
+
+# The loss -----------------------------------------------------------------------------------------
+
+SEQ_LEN = 40
+shifts = pytest.mark.parametrize("shift", [1, 3, 20])
+
+
+def sums(model, batch, lengths, shift):
+    predicted, _ = model(batch[:, :-shift], lengths - shift)
+    return apc_loss(predicted, batch, lengths, shift, SEQ_LEN, model.postnet.layer.bias)
+
+
+@shifts
+@pytest.mark.parametrize("case", ["residual", "deep-prenet-residual"])
+def test_both_losses_and_all_their_gradients(case, shift):
+    """Value and every gradient, the postnet's bias included, by brute force on the whole batch; cut
+    to the longest utterance or not, utterances without padding or all alike among them."""
+    reference, model = pair(CASES[case])
+    for lengths in ([31, 24, 22, 36], [40, 21, 40], [40, 40], [21]):
+        batch, lengths = padded_batch(lengths, SEQ_LEN)
+        counts = len(lengths), int(lengths.sum())
+        for brute_force, which in ((padded_loss, "with_padding"), (frame_loss, "per_real_frame")):
+            reference.zero_grad()
+            expected = brute_force(reference, batch, lengths, shift)
+            expected.backward()
+            wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+            for frames in (SEQ_LEN, int(lengths.max())):
+                real, padding = sums(model, batch[:, :frames], lengths, shift)
+                losses = mean_losses(real, padding, *counts, shift, SEQ_LEN)
+                loss = getattr(losses, which)
+                assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+                model.zero_grad()
+                loss.backward()
+                torch.testing.assert_close(gradients(model), wanted, rtol=1e-4, atol=1e-7)
+
+
+@shifts
+def test_both_sums_counted_position_by_position(shift):
+    """The predictions being any numbers, beyond the lengths too; one utterance counts for nothing,
+    and one has a single frame to predict."""
+    lengths = [31, 24, 0, 36, shift + 1]
+    batch, lengths = padded_batch(lengths, SEQ_LEN)
+    batch = batch[:, : int(lengths.max())]
+    generator = torch.Generator().manual_seed(5)
+    bias = torch.randn(MEL, generator=generator)
+    predicted = torch.randn(batch[:, shift:].shape, generator=generator)
+    by_hand = sum(
+        sum(abs(float(predicted[b, t, d] - batch[b, t + shift, d])) for d in range(MEL)) / MEL
+        for b, n in enumerate(lengths.tolist())
+        for t in range(n - shift)
+    )
+    empty = sum(SEQ_LEN - n for n in lengths.tolist() if n)
+    real, padding = apc_loss(predicted, batch, lengths, shift, SEQ_LEN, bias)
+    assert real.shape == padding.shape == () and real.dtype == padding.dtype == torch.float32
+    assert real.item() == pytest.approx(by_hand, rel=1e-5)
+    assert padding.item() == pytest.approx(empty * float(bias.abs().mean()), rel=1e-5)
+
+
+@shifts
+def test_both_means_of_an_epoch(shift):
+    """Summed over batches of different sizes they are, in double precision, the mean over all
+    utterances' positions as they lie on disk, and the mean over all real frames."""
+    generator = torch.Generator().manual_seed(3)
+    bias = torch.randn(MEL, generator=generator, dtype=torch.float64)
+    with_padding, real_frames = [], []
+    totals, utterances, frames = [0.0, 0.0], 0, 0
+    for lengths in ([31, 24, 40], [21], [40, 22, 23, 36, 21]):
+        batch, lengths = padded_batch(lengths, SEQ_LEN, seed=len(lengths))
+        predicted = torch.randn(batch[:, shift:].shape, generator=generator).double()
+        for b, n in enumerate(lengths.tolist()):
+            on_disk = predicted[b].clone()
+            on_disk[n - shift :] = bias
+            error = (on_disk - batch[b, shift:]).abs().mean(-1)
+            with_padding.append(error.mean())
+            real_frames.append(error[: n - shift])
+        longest = int(lengths.max())
+        predicted, batch = predicted[:, : longest - shift], batch[:, :longest].double()
+        for i, part in enumerate(apc_loss(predicted, batch, lengths, shift, SEQ_LEN, bias)):
+            totals[i] += part.item()
+        utterances, frames = utterances + len(lengths), frames + int(lengths.sum())
+    losses = mean_losses(*totals, utterances, frames, shift, SEQ_LEN)
+    assert losses.with_padding == pytest.approx(torch.stack(with_padding).mean().item(), rel=1e-12)
+    assert losses.per_real_frame == pytest.approx(torch.cat(real_frames).mean().item(), rel=1e-12)
+    assert all(math.isnan(loss) for loss in mean_losses(0, 0, 0, 0, shift, SEQ_LEN))
+
+
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 @needs_cuda
 @every_case
-def test_cuda_gives_the_cpu_outputs(case):
-    """Lengths on either device."""
+def test_cuda_gives_the_cpus_numbers(case):
+    """forward(), wherever the lengths are, the loss, and stream()."""
     _, model = pair(case)
-    inputs, lengths = padded_batch([3, 13, 1, 9])
+    inputs, lengths = padded_batch([22, 40, 31], SEQ_LEN)
+    on_gpu, frames = copy.deepcopy(model).cuda(), inputs.cuda()
     with torch.no_grad():
-        expected = model(inputs, lengths)
-        on_gpu = copy.deepcopy(model).cuda()
+        expected, losses = model(inputs, lengths), sums(model, inputs, lengths, 3)
+        streamed, _, state = model.stream(inputs)
         for where in ("cpu", "cuda"):
-            got = on_gpu(inputs.cuda(), lengths.to(where))
-            assert got[0].is_cuda and got[1].is_cuda
-            close(got[0].cpu(), expected[0], 1e-4)
-            close(got[1].cpu(), expected[1], 1e-4)
-
-
-@needs_cuda
-def test_cuda_lengths_with_cpu_inputs():
-    _, model = pair(CASES["residual"])
-    inputs, lengths = padded_batch([3, 13, 1, 9])
-    with torch.no_grad():
-        close(model(inputs, lengths.cuda())[1], model(inputs, lengths)[1], 1e-6)
+            got = on_gpu(frames, lengths.to(where))
+            assert all(output.is_cuda for output in got)
+            close([output.cpu() for output in got], list(expected), 1e-4)
+            found = sums(on_gpu, frames, lengths.to(where), 3)
+            assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], rel=1e-4)
+        _, _, state = on_gpu.stream(frames[:, :11])
+        predicted, _, _ = on_gpu.stream(frames[:, 11:], state)
+        close(predicted.cpu(), streamed[:, 11:], 1e-4)

@@ -4,16 +4,27 @@ import logging
 import os
 import pickle
 import re
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from conftest import Hostile, hostile_files
+from processes import children
 
-from datasets import BatchSampler, LibriSpeech, collate
-from utils import UserError
-
-# ------------------------------------------------------------------------------ helpers
+from datasets import (
+    BatchSampler,
+    LibriSpeech,
+    Utterances,
+    build_loader,
+    collate,
+    read_batches,
+    warn_of_other_data,
+)
+from utils import UserError, write_json
 
 
 def write_folder(path, lengths, width=5, seq_len=12, protocol=3, legacy=False):
@@ -31,8 +42,7 @@ def write_folder(path, lengths, width=5, seq_len=12, protocol=3, legacy=False):
 
 
 def write_lengths(path, lengths, protocol=3):
-    with open(path / "lengths.pkl", "wb") as file:
-        pickle.dump(lengths, file, protocol=protocol)
+    (path / "lengths.pkl").write_bytes(pickle.dumps(lengths, protocol=protocol))
 
 
 def refusal(path, **kw):
@@ -42,174 +52,95 @@ def refusal(path, **kw):
         for index in range(len(dataset)):
             dataset[index]
     message = str(caught.value)
-    assert message.strip()
+    assert str(path) in message
     assert "\n" not in message
-    return message
+    return message.replace(str(path), "")
 
 
-class Call:
-    """Pickles as the call function(*args)."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
+# A folder -----------------------------------------------------------------------------------------
 
 
-def attacks(marker):
-    """{name: object whose unpickling would create the file `marker`}."""
-    return {
-        "os.system": Call(os.system, f"echo > '{marker}'"),
-        "eval": Call(eval, f"open({str(marker)!r}, 'w').close()"),
-        "exec": Call(exec, f"open({str(marker)!r}, 'w').close()"),
-        "open": Call(open, str(marker), "w"),
-        "mkdir": Call(os.mkdir, str(marker)),
-    }
-
-
-# ------------------------------------------------------------------------------ folders
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("protocol", range(6))
-def test_reads_what_the_original_wrote(tmp_path, protocol, legacy):
+def test_reads_what_the_original_wrote(tmp_path):
     lengths = {"103-1-0000": 12, "b": 1, "a.c": 7}
-    tensors = write_folder(tmp_path / "set", lengths, protocol=protocol, legacy=legacy)
-    dataset = LibriSpeech(tmp_path / "set")
-    assert len(dataset) == 3
-    assert sorted(dataset.ids) == sorted(tensors)
-    assert dict(dataset.lengths) == {f"{utt}.pt": length for utt, length in lengths.items()}
-    assert (dataset.seq_len, dataset.mel_dim) == (12, 5)
-    assert str(dataset.path) == str(tmp_path / "set")
-    for index, name in enumerate(dataset.ids):
-        tensor, length = dataset[index]
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, tensors[name])
-        assert type(length) is int
-        assert length == lengths[name.removesuffix(".pt")]
-
-
-def test_path_may_be_text(tmp_path):
-    write_folder(tmp_path / "set", {"a": 3})
-    assert LibriSpeech(str(tmp_path / "set")).ids == ["a.pt"]
+    for protocol in range(6):
+        for legacy in (False, True):
+            path = tmp_path / f"{protocol}{legacy}"
+            tensors = write_folder(path, lengths, protocol=protocol, legacy=legacy)
+            dataset = LibriSpeech(str(path))
+            assert dataset.lengths == {f"{utt}.pt": length for utt, length in lengths.items()}
+            assert sorted(dataset.ids) == sorted(tensors) and len(dataset) == 3
+            assert (dataset.seq_len, dataset.mel_dim) == (12, 5)
+            assert dataset.prepared is None
+            for index, name in enumerate(dataset.ids):
+                frames, length = dataset[index]
+                assert torch.equal(frames, tensors[name]) and frames.dtype == torch.float32
+                assert type(length) is int and length == lengths[name.removesuffix(".pt")]
 
 
 def test_unfinished_or_missing_folder(tmp_path):
     write_folder(tmp_path / "set", {"a": 3})
     (tmp_path / "set" / "lengths.pkl").unlink()
-    assert str(tmp_path / "set") in refusal(tmp_path / "set")
-    assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere")
+    assert "lengths.pkl" in refusal(tmp_path / "set")
+    assert "prepare_data.py" in refusal(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("name", attacks(""))
-def test_hostile_lengths_are_refused_and_not_run(tmp_path, name, protocol):
-    write_folder(tmp_path / "set", {"a": 3})
-    # The attack is real: plain unpickling falls for it.
-    control = tmp_path / "control"
-    pickle.loads(pickle.dumps(attacks(control)[name], protocol=protocol))
-    assert control.exists()
-
-    marker = tmp_path / "marker"
-    for hostile in (attacks(marker)[name], {"a.pt": 3, "b.pt": attacks(marker)[name]}):
-        write_lengths(tmp_path / "set", hostile, protocol)
-        assert "lengths.pkl" in refusal(tmp_path / "set")
-        assert not marker.exists()
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("name", ["os.system", "eval"])
-def test_hostile_tensor_is_refused_and_not_run(tmp_path, name, legacy):
-    write_folder(tmp_path / "set", {"a": 3, "b": 4})
-    marker = tmp_path / "marker"
-    torch.save(
-        {"x": torch.zeros(2), "code": attacks(marker)[name]},
-        tmp_path / "set" / "b.pt",
-        _use_new_zipfile_serialization=not legacy,
-    )
-    assert "b.pt" in refusal(tmp_path / "set")
+def test_hostile_files_are_refused_and_not_run(tmp_path):
+    path = tmp_path / "set"
+    write_folder(path, {"a": 3, "b": 4})
+    files, marker = hostile_files(tmp_path)
+    pickle.loads(files["pickle"].read_bytes())
+    assert marker.exists(), "the attack is real"
+    marker.unlink()
+    for legacy in ("zip", "legacy"):
+        shutil.copy(files[legacy], path / "b.pt")
+        assert "b.pt" in refusal(path)
+    for protocol in (0, 2, 4):
+        for content in (Hostile(marker), {"a.pt": 3, "b.pt": Hostile(marker)}):
+            write_lengths(path, content, protocol)
+            assert "lengths.pkl" in refusal(path)
     assert not marker.exists()
 
 
-NO_LENGTHS = {
-    "list": [("a.pt", 3)],
-    "number": 3,
-    "none": None,
-    "text-values": {"a.pt": "3"},
-    "float-values": {"a.pt": 3.0},
-    "none-values": {"a.pt": None},
-    "int-keys": {1: 3},
-    "nested": {"a.pt": {"length": 3}},
-    "numpy": {"a.pt": np.int64(3)},
-    "longer-than-stored": {"a.pt": 13},
-}
+def test_lengths_that_are_no_lengths(tmp_path):
+    """Other values, and files damaged or cut short."""
+    path = tmp_path / "set"
+    write_folder(path, {f"utt-{i}": 3 for i in range(20)})
+    whole = (path / "lengths.pkl").read_bytes()
+    values = [[("a.pt", 3)], 3, None, {"a.pt": "3"}, {"a.pt": 3.0}, {"a.pt": None}, {1: 3}]
+    values += [{"a.pt": {"length": 3}}, {"a.pt": np.int64(3)}, {"a.pt": -1}, {"a.pt": True}]
+    values += [{"a": 3}, {"../set/utt-1.pt": 3}]
+    contents = [pickle.dumps(value) for value in values]
+    contents += [b"", b"a.pt 3\n", b"\x80\x04", b"Pid\n.", b"\xff" * 40]
+    contents += [whole[:keep] for keep in (1, len(whole) // 2, len(whole) - 1)]
+    for content in contents:
+        (path / "lengths.pkl").write_bytes(content)
+        assert "lengths.pkl" in refusal(path), content
+    write_lengths(path, {"utt-1.pt": 13})  # more than is stored
+    assert "utt-1.pt" in refusal(path)
+    write_lengths(path, {})
+    refusal(path)
 
 
-@pytest.mark.parametrize("name", NO_LENGTHS)
-def test_lengths_that_are_no_lengths(tmp_path, name):
-    write_folder(tmp_path / "set", {"a": 3})
-    write_lengths(tmp_path / "set", NO_LENGTHS[name])
-    message = refusal(tmp_path / "set")
-    assert "lengths.pkl" in message or "a.pt" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"a.pt 3\n", b"\x80\x04", b"Pid\n.", b"\xff" * 40])
-def test_damaged_lengths(tmp_path, content):
-    write_folder(tmp_path / "set", {"a": 3})
-    (tmp_path / "set" / "lengths.pkl").write_bytes(content)
-    assert "lengths.pkl" in refusal(tmp_path / "set")
-
-
-def test_truncated_lengths(tmp_path):
-    write_folder(tmp_path / "set", {f"utt-{i}": 3 for i in range(20)})
-    whole = (tmp_path / "set" / "lengths.pkl").read_bytes()
-    for keep in (1, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "set" / "lengths.pkl").write_bytes(whole[:keep])
-        assert "lengths.pkl" in refusal(tmp_path / "set")
-
-
-def test_listed_tensor_is_missing(tmp_path):
-    write_folder(tmp_path / "set", {"a": 3, "b": 4, "c": 5})
-    (tmp_path / "set" / "b.pt").unlink()
-    assert "b.pt" in refusal(tmp_path / "set")
-
-
-BAD_TENSORS = {
-    "shorter": torch.zeros(11, 5),
-    "longer": torch.zeros(13, 5),
-    "wider": torch.zeros(12, 6),
-    "flat": torch.zeros(60),
-    "batch": torch.zeros(1, 12, 5),
-    "double": torch.zeros(12, 5, dtype=torch.float64),
-    "int": torch.zeros(12, 5, dtype=torch.int64),
-    "dict": {"x": torch.zeros(12, 5)},
-    "list": [0.0] * 60,
-}
-
-
-@pytest.mark.parametrize("name", BAD_TENSORS)
-def test_bad_tensor_names_its_file(tmp_path, name):
-    write_folder(tmp_path / "set", {"a": 3, "b": 4, "c": 5})
-    torch.save(BAD_TENSORS[name], tmp_path / "set" / "c.pt")
-    # Which of two shapes is the odd one can only be told by majority; with two, either.
-    assert re.search(r"\b[abc]\.pt", refusal(tmp_path / "set"))
-
-
-@pytest.mark.parametrize("content", [b"", b"no tensor", b"PK\x03\x04 and no more"])
-def test_damaged_tensor_names_its_file(tmp_path, content):
-    write_folder(tmp_path / "set", {"a": 3, "b": 4})
-    (tmp_path / "set" / "b.pt").write_bytes(content)
-    assert "b.pt" in refusal(tmp_path / "set")
-
-
-def test_truncated_tensor_names_its_file(tmp_path):
-    for legacy in (False, True):
-        folder = tmp_path / str(legacy)
-        write_folder(folder, {"a": 3, "b": 4}, legacy=legacy)
-        whole = (folder / "b.pt").read_bytes()
-        (folder / "b.pt").write_bytes(whole[: len(whole) // 2])
-        assert "b.pt" in refusal(folder)
+def test_tensors_that_are_none_of_the_sets(tmp_path):
+    """The file is named; of two shapes, which is the odd one cannot be told from the others."""
+    path = tmp_path / "set"
+    write_folder(path, {"a": 3, "b": 4, "c": 5})
+    whole = (path / "c.pt").read_bytes()
+    values = [torch.zeros(shape) for shape in ((11, 5), (13, 5), (12, 6), (60,), (1, 12, 5))]
+    values += [torch.zeros(12, 5, dtype=dtype) for dtype in (torch.float64, torch.int64)]
+    values += [torch.zeros(12, 5).to_sparse(), torch.zeros(12, 5, device="meta")]
+    values += [torch.zeros(1).expand(12, 5), {"x": torch.zeros(12, 5)}, [0.0] * 60]
+    for value in values:
+        torch.save(value, path / "c.pt")
+        assert "/c.pt" in refusal(path), value
+    torch.save(torch.zeros(12, 5), path / "c.pt", _use_new_zipfile_serialization=False)
+    legacy = (path / "c.pt").read_bytes()
+    contents = [b"", b"no tensor", b"PK\x03\x04 and no more"]
+    for content in [*contents, whole[: len(whole) // 2], legacy[: len(legacy) // 2]]:
+        (path / "c.pt").write_bytes(content)
+        assert "/c.pt" in refusal(path), content
+    (path / "c.pt").unlink()
+    assert "c.pt" in refusal(path)
 
 
 def test_short_utterances_are_left_out_with_one_warning(tmp_path, caplog):
@@ -217,117 +148,186 @@ def test_short_utterances_are_left_out_with_one_warning(tmp_path, caplog):
     write_folder(tmp_path / "set", lengths)
     with caplog.at_level(logging.WARNING):
         dataset = LibriSpeech(tmp_path / "set", time_shift=3)
-    assert sorted(dataset.ids) == ["d.pt", "e.pt"]
-    assert len(dataset) == 2
-    assert sorted(length for _, length in (dataset[0], dataset[1])) == [4, 12]
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1
-    message = warnings[0].getMessage().replace(str(tmp_path), "")
-    assert re.search(r"\b7\b", message), message
+        assert sorted(dataset.ids) == ["d.pt", "e.pt"]
+        assert sorted(length for _, length in (dataset[0], dataset[1])) == [4, 12]
+        assert len(LibriSpeech(tmp_path / "set")) == 9
+    (warning,) = caplog.messages
+    assert re.search(r"\b7\b", warning.replace(str(tmp_path), ""))
+    assert re.search(r"\b12\b", refusal(tmp_path / "set", time_shift=12)), "none is left"
 
 
-def test_no_warning_where_none_is_left_out(tmp_path, caplog):
-    write_folder(tmp_path / "set", {"a": 4, "b": 12})
-    with caplog.at_level(logging.WARNING):
-        assert len(LibriSpeech(tmp_path / "set", time_shift=3)) == 2
-        assert len(LibriSpeech(tmp_path / "set")) == 2
-    assert not caplog.records
+def test_warning_of_data_made_in_another_way(tmp_path, caplog):
+    made = {"source": "audio", "cmvn": "speaker", "fbank": {"dither": 0.0}, "path": "there"}
+    write_folder(tmp_path / "set", {"a": 3})
+    write_json(made, tmp_path / "set" / "prepared.json")
+    dataset = LibriSpeech(tmp_path / "set")
+    assert dataset.prepared == made
+    for key, value in {"source": "kaldi", "cmvn": "none", "fbank": {"dither": 1.0}}.items():
+        caplog.clear()
+        warn_of_other_data(made | {key: value}, dataset)
+        (warning,) = caplog.messages
+        for part in (tmp_path / "set", key, value, made[key]):
+            assert str(part) in warning
+    caplog.clear()
+    warn_of_other_data(made | {"path": "elsewhere"}, dataset)
+    warn_of_other_data(None, dataset)
+    assert not caplog.messages
 
 
-def test_all_too_short_is_an_error(tmp_path):
-    write_folder(tmp_path / "set", {"a": 4, "b": 2})
-    message = refusal(tmp_path / "set", time_shift=4)
-    assert str(tmp_path / "set") in message
-    assert re.search(r"\b4\b", message.replace(str(tmp_path), "")), message
+# Batches read -------------------------------------------------------------------------------------
 
 
-def test_empty_set_is_an_error(tmp_path):
-    write_folder(tmp_path / "set", {})
-    assert str(tmp_path / "set") in refusal(tmp_path / "set")
+@pytest.fixture
+def two_folders(tmp_path):
+    """Two folders as one dataset, and {utterance id: its real frames}."""
+    truth, parts = {}, []
+    for name, start, count in (("first", 0, 15), ("second", 15, 8)):
+        lengths = {f"utt-{i}": 1 + i % 12 for i in range(start, start + count)}
+        tensors = write_folder(tmp_path / name, lengths)
+        truth |= {utt: tensors[f"{utt}.pt"][:length] for utt, length in lengths.items()}
+        parts.append(LibriSpeech(tmp_path / name))
+    return Utterances(parts), truth
 
 
-# ------------------------------------------------------------------------------ collate
+def test_several_folders_are_one(two_folders):
+    dataset, truth = two_folders
+    assert len(dataset) == 23 and sorted(dataset.ids) == sorted(truth)
+    for index, utt_id in enumerate(dataset.ids):
+        frames, length, name = dataset[index]
+        assert name == utt_id and dataset.num_frames[index] == length == len(truth[utt_id])
+        assert torch.equal(frames[:length], truth[utt_id]) and frames.shape == (12, 5)
 
 
 def test_collate_cuts_to_the_longest_before_it_travels():
-    items = [(torch.randn(50, 4), 7), (torch.randn(50, 4), 11), (torch.randn(50, 4), 1)]
-    inputs, lengths = collate(items)
-    assert torch.equal(inputs, torch.stack([tensor[:11] for tensor, _ in items]))
-    assert inputs.dtype == torch.float32
-    assert lengths.dtype == torch.int64
-    assert lengths.tolist() == [7, 11, 1]
+    items = [(torch.randn(50, 4), length, name) for name, length in (("b", 7), ("a", 11), ("c", 1))]
+    inputs, lengths, ids = collate(items)
+    assert torch.equal(inputs, torch.stack([frames[:11] for frames, _, _ in items]))
+    assert inputs.dtype == torch.float32 and lengths.dtype == torch.int64
+    assert lengths.tolist() == [7, 11, 1] and ids == ["b", "a", "c"]
     # A view would carry all 50 frames from the loader's worker.
     assert inputs.untyped_storage().nbytes() == 3 * 11 * 4 * 4
+    inputs, lengths, ids = collate([])  # a process' share may be empty
+    assert inputs.dim() == 3 and lengths.dtype == torch.int64
+    assert len(inputs) == len(lengths) == len(ids) == 0
 
 
-def test_collate_one_full_utterance():
-    tensor = torch.randn(6, 4)
-    inputs, lengths = collate([(tensor, 6)])
-    assert torch.equal(inputs, tensor[None])
-    assert lengths.tolist() == [6]
+def open_loader(dataset, num_workers, batch_size=4):
+    sampler = BatchSampler(dataset.num_frames, batch_size, seed=1)
+    return build_loader(dataset, sampler, batch_size * 12, num_workers, torch.device("cpu"))
 
 
-def test_loader_gives_every_utterance_once(tmp_path):
-    frames = {f"u{i}": 1 + i % 12 for i in range(23)}
-    tensors = write_folder(tmp_path / "set", frames)
-    dataset = LibriSpeech(tmp_path / "set")
-    lengths = [dataset.lengths[name] for name in dataset.ids]
-    sampler = BatchSampler(lengths, batch_size=4, shuffle=True, bucketing=True, seed=1)
-    seen = []
-    for inputs, batch_lengths in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate):
-        assert inputs.shape[1] == batch_lengths.max()
-        seen += [x[:n] for x, n in zip(inputs, batch_lengths.tolist(), strict=True)]
-    truth = [tensors[f"{utt}.pt"][:n] for utt, n in frames.items()]
-
-    def order(x):
-        return x.flatten().tolist()
-
-    assert len(seen) == 23
-    for a, b in zip(sorted(seen, key=order), sorted(truth, key=order), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_gives_every_utterance_once(two_folders, num_workers):
+    dataset, truth = two_folders
+    before, seen = torch.get_rng_state(), {}
+    for inputs, lengths, ids in read_batches(open_loader(dataset, num_workers)):
+        assert inputs.shape == (len(ids), lengths.max(), 5)
+        seen |= {utt: x[:n] for utt, x, n in zip(ids, inputs, lengths.tolist())}
+    assert seen.keys() == truth.keys()
+    assert all(torch.equal(seen[utt_id], frames) for utt_id, frames in truth.items())
+    assert torch.equal(torch.get_rng_state(), before), "drew from the numbers of dropout"
 
 
-# ------------------------------------------------------------------------------ batches
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_while_loading_is_one_line_that_names_the_file(two_folders, num_workers):
+    dataset, _ = two_folders
+    path = os.path.join(dataset.datasets[1].path, "utt-17.pt")
+    others = children(os.getpid())
+
+    def message():
+        try:
+            list(read_batches(open_loader(dataset, num_workers)))
+        except UserError as error:
+            return str(error)
+
+    os.truncate(path, os.path.getsize(path) // 2)
+    assert message() == f"{path}: not a file of plain tensors: is it damaged?"
+    assert children(os.getpid()) == others, "workers are left"
+    os.remove(path)
+    line = message()
+    assert "cannot go on" in line and path in line and "\n" not in line
+
+
+class Unsendable:
+    """Something that no process can hand over to another."""
+
+    def __reduce__(self):
+        raise OSError("no")
+
+
+def test_a_worker_that_dies_is_noticed_within_seconds(two_folders):
+    """Killed, or unable to hand a batch over; signals to the whole process group it ignores."""
+    dataset, _ = two_folders
+
+    def start():
+        before = set(children(os.getpid()))
+        batches = read_batches(open_loader(dataset, num_workers=1, batch_size=1))
+        next(batches)
+        (worker,) = set(children(os.getpid())) - before
+        return batches, worker
+
+    def fate(batches):
+        try:
+            return len(list(batches))
+        except UserError as error:
+            return str(error)
+
+    (healthy, worker), (terminated, second), (killed, third) = start(), start(), start()
+    os.kill(worker, signal.SIGINT)
+    os.kill(worker, signal.SIGUSR1)
+    os.kill(second, signal.SIGTERM)
+    os.kill(third, signal.SIGKILL)
+    dataset.ids[5] = Unsendable()
+    unsendable, _ = start()
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(fate, (healthy, terminated, killed, unsendable), timeout=20)
+        assert next(results) == len(dataset) - 1
+        for message in results:
+            assert message.startswith("a process that loads data cannot go on: ")
+
+
+def test_too_little_shared_memory_is_an_error_at_the_start(two_folders, monkeypatch):
+    dataset, _ = two_folders
+    needed = 4 * 12 * 5 * 4 * 5  # bytes of two batches for each worker, and of the one in use
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        open_loader(dataset, num_workers=0)
+        if fits:
+            open_loader(dataset, num_workers=2)
+        else:
+            with pytest.raises(UserError, match="/dev/shm.*--load_data_workers 0.*--batch_size"):
+                open_loader(dataset, num_workers=2)
+
+
+# The order of batches -----------------------------------------------------------------------------
 
 
 def librispeech_like(count, seed=0):
     """Frames of `count` utterances: mostly 12-16 s, a tail of shorter ones, cut at 1600."""
     rng = np.random.default_rng(seed)
-    full = rng.normal(1450, 130, count)
-    short = rng.uniform(150, 1350, count)
-    lengths = np.where(rng.random(count) < 0.65, full, short)
-    return np.clip(lengths, 100, 1600).astype(int).tolist()
+    full, short = rng.normal(1450, 130, count), rng.uniform(150, 1350, count)
+    return np.where(rng.random(count) < 0.65, full, short).clip(100, 1600).astype(int)
 
 
 def padding_share(batches, lengths):
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    return 1 - sum(lengths[i] for batch in batches for i in batch) / padded
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    return 1 - lengths.sum() / padded
 
 
-KINDS = [(s, b) for s in (True, False) for b in (True, False)]
+every_order = pytest.mark.parametrize(
+    "shuffle, bucketing", [(True, True), (True, False), (False, True), (False, False)]
+)
 
 
-@pytest.mark.parametrize("shuffle, bucketing", KINDS)
-@pytest.mark.parametrize("count, batch_size", [(103, 8), (96, 8), (5, 8), (1, 8), (7, 1)])
-def test_every_utterance_exactly_once_an_epoch(count, batch_size, shuffle, bucketing):
-    lengths = librispeech_like(count)
-    sampler = BatchSampler(lengths, batch_size, shuffle, bucketing, 3)
-    for epoch in (0, 1, 5):
-        sampler.set_epoch(epoch)
-        batches = [list(batch) for batch in sampler]
-        assert sorted(i for batch in batches for i in batch) == list(range(count))
-        assert len(batches) == -(-count // batch_size)
-        assert sum(len(batch) != batch_size for batch in batches) <= 1
-
-
-@pytest.mark.parametrize("bucketing", [True, False])
-def test_seed_and_epoch_alone_decide(bucketing):
+@every_order
+def test_seed_and_epoch_alone_decide(shuffle, bucketing):
     lengths = librispeech_like(500)
 
     def draw(seed, epoch):
-        sampler = BatchSampler(lengths, 16, True, bucketing, seed)
+        sampler = BatchSampler(lengths, 16, shuffle, bucketing, seed)
         sampler.set_epoch(epoch)
-        return [list(batch) for batch in sampler]
+        return list(sampler)
 
     torch.manual_seed(1)
     np.random.seed(1)
@@ -337,92 +337,52 @@ def test_seed_and_epoch_alone_decide(bucketing):
     before = torch.random.get_rng_state()
     assert draw(7, 2) == first
     assert torch.equal(torch.random.get_rng_state(), before), "drew from the global generator"
-    assert draw(7, 3) != first
-    assert draw(8, 2) != first
-    assert draw(8, 2) != draw(7, 3)
+    for other in (draw(7, 3), draw(8, 2)):
+        assert (other != first) == shuffle
 
 
-@pytest.mark.parametrize("shuffle, bucketing", KINDS)
-def test_iterating_twice_repeats_the_epoch(shuffle, bucketing):
-    sampler = BatchSampler(librispeech_like(50), 8, shuffle, bucketing, 0)
-    sampler.set_epoch(4)
-    assert list(sampler) == list(sampler)
-
-
-@pytest.mark.parametrize("shuffle, bucketing", KINDS)
-@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
-def test_start_batch_gives_the_tail_of_the_epoch(shuffle, bucketing, rank, world_size):
-    sampler = BatchSampler(librispeech_like(203), 8, shuffle, bucketing, 3, rank, world_size)
-    sampler.set_epoch(6)
-    whole = list(sampler)
-    for start in (0, 1, 13, len(whole) - 1, len(whole)):
-        sampler.set_epoch(6, start_batch=start)
-        assert list(sampler) == whole[start:]
-    sampler.set_epoch(6)
-    assert list(sampler) == whole
+@every_order
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_utterance_exactly_once_an_epoch(shuffle, bucketing, world_size):
+    """Processes share each batch out evenly, and an epoch may begin at any batch. The last batch
+    may hold a single utterance, of which most processes have none, yet all take the step."""
+    for count, batch_size in ((109, 12), (96, 8), (5, 8), (1, 8), (7, 1)):
+        order = librispeech_like(count), batch_size, shuffle, bucketing, 3
+        ranks = [BatchSampler(*order, rank, world_size) for rank in range(world_size)]
+        alone = BatchSampler(*order)
+        for epoch in (0, 6):
+            alone.set_epoch(epoch)
+            whole = list(alone)
+            assert sorted(i for batch in whole for i in batch) == list(range(count))
+            assert sum(len(batch) != batch_size for batch in whole) <= 1
+            for start in {0, 1, len(whole) // 2, len(whole)}:
+                for sampler in ranks:
+                    sampler.set_epoch(epoch, start_batch=start)
+                    assert len(sampler) == len(whole) == -(-count // batch_size)
+                for batch, *shares in zip(whole[start:], *ranks, strict=True):
+                    assert sorted(i for share in shares for i in share) == sorted(batch)
+                    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_bucketing_leaves_little_padding_and_still_shuffles():
     lengths = librispeech_like(20000)
-    bucketed = BatchSampler(lengths, 32, True, True, 0)
-    plain = BatchSampler(lengths, 32, True, False, 0)
+    bucketed, plain = (BatchSampler(lengths, 32, True, way, 0) for way in (True, False))
     epochs = []
     for epoch in (0, 1):
         bucketed.set_epoch(epoch)
         plain.set_epoch(epoch)
-        epochs.append([list(batch) for batch in bucketed])
+        epochs.append(list(bucketed))
         assert padding_share(epochs[-1], lengths) <= 0.03
         assert padding_share(list(plain), lengths) > 0.15
-    assert epochs[0] != epochs[1]
+    assert {tuple(sorted(b)) for b in epochs[0]}.isdisjoint(tuple(sorted(b)) for b in epochs[1])
     # Neither short to long nor long to short: neighbouring batches are of unrelated lengths.
-    means = np.array([np.mean([lengths[i] for i in batch]) for batch in epochs[0]])
+    means = np.array([lengths[batch].mean() for batch in epochs[0]])
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
 
 
-def test_without_bucketing_it_is_a_plain_permutation_in_batches():
-    lengths = librispeech_like(101)
-    sampler = BatchSampler(lengths, 8, True, False, 5)
-    batches = [list(batch) for batch in sampler]
-    assert [len(batch) for batch in batches] == [8] * 12 + [5]
-    flat = [i for batch in batches for i in batch]
-    assert sorted(flat) == list(range(101))
-    assert flat != list(range(101))
-    # The lengths have no part in it.
-    other = BatchSampler([9] * 101, 8, True, False, 5)
-    assert [list(batch) for batch in other] == batches
-
-
-def test_without_shuffling_or_bucketing_the_order_stays():
-    sampler = BatchSampler(librispeech_like(11), 4, False, False, 5)
-    for epoch in (0, 3):
-        sampler.set_epoch(epoch)
-        assert [list(b) for b in sampler] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-
-
-def test_without_shuffling_bucketed_epochs_are_alike():
-    sampler = BatchSampler(librispeech_like(200), 8, False, True, 5)
-    sampler.set_epoch(0)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) == first
-
-
-@pytest.mark.parametrize("shuffle, bucketing", KINDS)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_each_batch_out(shuffle, bucketing, world_size):
-    # The last batch holds one utterance: some ranks have none of it, yet all take the step.
-    lengths = librispeech_like(12 * 9 + 1)
-    alone = BatchSampler(lengths, 12, shuffle, bucketing, 2)
-    ranks = [
-        BatchSampler(lengths, 12, shuffle, bucketing, 2, r, world_size) for r in range(world_size)
-    ]
-    for epoch in (0, 1):
-        for sampler in (alone, *ranks):
-            sampler.set_epoch(epoch)
-        whole = [list(batch) for batch in alone]
-        parts = [[list(batch) for batch in sampler] for sampler in ranks]
-        assert {len(part) for part in parts} == {len(whole)}
-        for position, batch in enumerate(whole):
-            shares = [part[position] for part in parts]
-            assert sorted(i for share in shares for i in share) == sorted(batch)
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_without_bucketing_lengths_have_no_part_in_the_order():
+    batches = list(BatchSampler(librispeech_like(101), 8, True, False, 5))
+    assert [i for batch in batches for i in batch] != list(range(101))
+    assert list(BatchSampler([9] * 101, 8, True, False, 5)) == batches
+    unshuffled = BatchSampler(librispeech_like(11), 4, False, False, 5)
+    assert list(unshuffled) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]

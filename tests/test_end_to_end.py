@@ -1,26 +1,16 @@
 """The three steps as a user runs them: dumps -> folders -> a trained model -> features."""
 
 import json
-import math
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
-from torch import nn
+from reference import PackedAPC, evaluate
 
 WIDTH, HIDDEN, LAYERS, SHIFT, SEQ_LEN, EPOCHS = 20, 12, 2, 2, 40, 2
-GRU_PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def python(name, *argv, cwd):
-    done = run_script(name, *argv, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+COUNTS = {"train-clean-360": 24, "dev-clean": 7}
 
 
 def write_dump(path, count, seed):
@@ -34,113 +24,56 @@ def write_dump(path, count, seed):
             file.write(".\n")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """One run of all steps, in a folder of its own, for the tests below to look at."""
-    here = tmp_path_factory.mktemp("work")
-    data = Path("librispeech_data") / "preprocessed"  # train.py's default
-    printed = {}
-    for split, count, seed in (("train-clean-360", 24, 1), ("dev-clean", 7, 2)):
-        write_dump(here / f"{split}.txt", count, seed)
-        flags = ["--librispeech_from_kaldi", f"{split}.txt", "--max_seq_len", SEQ_LEN]
-        printed[split] = python("prepare_data.py", *flags, "--save_dir", data / split, cwd=here)
-    flags = ["--feature_dim", WIDTH, "--rnn_hidden_size", HIDDEN, "--rnn_num_layers", LAYERS]
-    flags += ["--rnn_residual", "--epochs", EPOCHS, "--batch_size", 5, "--time_shift", SHIFT]
-    flags += ["--learning_rate", "0.01", "--device", "cpu"]
-    printed["train"] = python("train.py", *flags, cwd=here)
-    model = Path("logs") / "foo.dir" / f"foo__epoch_{EPOCHS}.model"
-    flags = ["--checkpoint", model, "--data_dir", data / "dev-clean", "--save_dir", "features"]
-    printed["extract"] = python("extract_features.py", *flags, "--device", "cpu", cwd=here)
-    printed["load"] = python("load_pretrained.py", model, cwd=here)
-    return here, here / data, here / model, printed
-
-
 def epoch_lines(text):
-    number = r"([0-9.]+(?:e[+-]?\d+)?)"
-    pattern = rf"Epoch: (\d+) Training Loss: {number} Validation Loss: {number}"
+    pattern = r"Epoch: (\d+) Training Loss: ([\d.]+) Validation Loss: ([\d.]+)"
     return [(int(k), float(a), float(b)) for k, a, b in re.findall(pattern, text)]
 
 
-@torch.no_grad()
-def network(path, x):
-    """The paper's network by hand for x (T, D): predicted (T, D) and the last layer (T, H)."""
-    weights = torch.load(path, weights_only=True)
-    for i in range(LAYERS):
-        rnn = nn.GRU(x.shape[1], HIDDEN, batch_first=True)
-        prefix = f"rnns.{i}."
-        rnn.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        )
-        y = rnn(x[None])[0][0]
-        x = x + y if x.shape == y.shape else y
-    return x @ weights["postnet.layer.weight"][:, :, 0].T + weights["postnet.layer.bias"], x
+def test_from_dumps_to_features(server, tmp_path):
+    def run(script, *flags):
+        process = server.run(script, *flags, cwd=tmp_path)
+        assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
+        return process.stdout + process.stderr
 
-
-def test_prepared_folders(work):
-    _, data, _, _ = work
-    for split, count in (("train-clean-360", 24), ("dev-clean", 7)):
+    data = tmp_path / "librispeech_data" / "preprocessed"  # train.py's default
+    for seed, (split, count) in enumerate(COUNTS.items()):
+        write_dump(tmp_path / f"{split}.txt", count, seed)
+        flags = ["--librispeech_from_kaldi", f"{split}.txt", "--max_seq_len", SEQ_LEN]
+        run("prepare_data.py", *flags, "--save_dir", data / split)
         lengths = pickle.loads((data / split / "lengths.pkl").read_bytes())
         assert len(lengths) == count
         assert {path.name for path in (data / split).glob("*.pt")} == set(lengths)
 
-
-def test_checkpoints_and_config(work):
-    _, _, model, _ = work
-    names = sorted(path.name for path in model.parent.glob("*.model"))
-    # As the original: number 0 is the untrained model.
-    assert names == [f"foo__epoch_{k}.model" for k in range(EPOCHS + 1)]
-    weights = torch.load(model, weights_only=True)
-    assert set(weights) == {
-        *(f"rnns.{i}.{kind}_l0" for i in range(LAYERS) for kind in GRU_PARTS),
-        "postnet.layer.weight",
-        "postnet.layer.bias",
-    }
-    config = json.loads((model.parent / "config.json").read_text())
-    asked = {"rnn_residual": True, "rnn_hidden_size": HIDDEN, "time_shift": SHIFT, "epochs": EPOCHS}
-    assert {name: config[name] for name in asked} == asked
-    assert list(model.parent.parent.rglob("events.out.tfevents.*"))
-
-
-def test_epoch_lines_on_the_console_and_in_the_log(work):
-    _, _, model, printed = work
-    lines = epoch_lines(printed["train"].stdout + printed["train"].stderr)
+    flags = ["--feature_dim", WIDTH, "--rnn_hidden_size", HIDDEN, "--rnn_num_layers", LAYERS]
+    flags += ["--rnn_residual", "--epochs", EPOCHS, "--batch_size", 5, "--time_shift", SHIFT]
+    flags += ["--learning_rate", "0.01", "--device", "cpu"]
+    lines = epoch_lines(run("train.py", *flags))
+    logs = tmp_path / "logs" / "foo.dir"
     assert [number for number, _, _ in lines] == list(range(1, EPOCHS + 1))
-    assert all(math.isfinite(a) and math.isfinite(b) for _, a, b in lines)
     assert lines[-1][2] < lines[0][2], "the validation loss did not fall"
-    files = [path for path in model.parent.iterdir() if path.is_file()]
-    logs = [path for path in files if epoch_lines(path.read_text(errors="replace")) == lines]
-    assert len(logs) == 1, files
+    assert epoch_lines((logs / "foo").read_text()) == lines
+    models = sorted(path.name for path in logs.glob("*.model"))
+    assert models == [f"foo__epoch_{k}.model" for k in range(EPOCHS + 1)]  # 0 is untrained
+    assert json.loads((logs / "config.json").read_text())["time_shift"] == SHIFT
+    assert list((logs / "foo.tb_log").glob("events.out.tfevents.*"))
 
+    # By the reference, padded for real: the loss is the original's.
+    reference = PackedAPC(WIDTH, HIDDEN, LAYERS, residual=True)
+    reference.load_state_dict(torch.load(logs / models[-1], weights_only=True))
+    dev = data / "dev-clean"
+    frames = torch.stack([torch.load(dev / name, weights_only=True) for name in lengths])
+    counts = torch.tensor([*lengths.values()])
+    assert lines[-1][2] == pytest.approx(evaluate(reference, [(frames, counts)], SHIFT), abs=2e-5)
 
-def test_validation_loss_is_the_originals(work):
-    """Mean absolute error over all SEQ_LEN - n positions, padding included, padded for real."""
-    _, data, model, printed = work
-    lengths = pickle.loads((data / "dev-clean" / "lengths.pkl").read_bytes())
-    losses = []
-    for name, length in lengths.items():
-        x = torch.load(data / "dev-clean" / name, weights_only=True)
-        predicted, _ = network(model, x[: length - SHIFT])
-        bias = torch.load(model, weights_only=True)["postnet.layer.bias"]
-        padded = torch.cat([predicted, bias.repeat(SEQ_LEN - length, 1)])
-        losses.append((padded - x[SHIFT:]).abs().mean().item())
-    printed_loss = epoch_lines(printed["train"].stdout + printed["train"].stderr)[-1][2]
-    assert printed_loss == pytest.approx(np.mean(losses), abs=2e-5)
+    flags = ["--checkpoint", logs / models[-1], "--data_dir", dev, "--save_dir", "features"]
+    run("extract_features.py", *flags, "--device", "cpu")
+    with torch.no_grad():
+        expected = reference(frames, counts)[1][-1]
+    assert {path.name for path in (tmp_path / "features").glob("*.pt")} == set(lengths)
+    for name, features, length in zip(lengths, expected, counts):
+        found = torch.load(tmp_path / "features" / name, weights_only=True)
+        torch.testing.assert_close(found, features[:length], rtol=0, atol=1e-5)
 
-
-def test_features(work):
-    here, data, model, _ = work
-    lengths = pickle.loads((data / "dev-clean" / "lengths.pkl").read_bytes())
-    assert {path.name for path in (here / "features").glob("*.pt")} == set(lengths)
-    for name, length in lengths.items():
-        x = torch.load(data / "dev-clean" / name, weights_only=True)[:length]
-        features = torch.load(here / "features" / name, weights_only=True)
-        assert features.shape == (length, HIDDEN)
-        assert torch.allclose(features, network(model, x)[1], atol=1e-5)
-
-
-def test_summary(work):
-    _, _, model, printed = work
-    weights = torch.load(model, weights_only=True)
-    text = printed["load"].stdout.replace(",", "").lower()
-    for word in ("gru", str(HIDDEN), str(sum(value.numel() for value in weights.values()))):
-        assert word in text
+    text = run("load_pretrained.py", logs / models[-1]).replace(",", "").lower()
+    numel = sum(parameter.numel() for parameter in reference.parameters())
+    assert all(word in text for word in ("gru", str(HIDDEN), str(numel)))

@@ -1,24 +1,118 @@
-"""extract_features.py: what it writes is what the model says of each utterance alone."""
+"""extract_features.py: what it writes is what the model says of each utterance alone.
 
+In every format, after every kill, from several processes; and of audio what preparing it gives.
+"""
+
+import itertools
+import json
+import math
 import os
+import pickle
 import re
+import shutil
+import signal
+from types import SimpleNamespace
 
+import kaldiio
+import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import make_folder, run_script
+from conftest import make_folder, speech
+from processes import ROOT, error_line, leave_room, snapshot
+from reference import PackedAPC
 
 import extract_features
+import prepare_data
 from apc_model import APCModel
-from utils import PrenetConfig, RNNConfig
+from datasets import warn_of_other_data
+from extract_features import choose_layers
+from formats import audio
+from utils import UserError, lock_folder
 
-MEL, HIDDEN, SEQ_LEN = 7, 10, 25
+SCRIPT = "extract_features.py"
+MEL, HIDDEN, SEQ_LEN = 7, 16, 25
 FRAMES = [25, 1, 13, 24, 2, 13, 8]
+FORMATS = ["pt", "npy", "ark"]
+every_format = pytest.mark.parametrize("kind", FORMATS)
 
 
-def write_folder(path, width=MEL):
-    """A prepared folder; give {file name: its real frames (T, width)}."""
-    tensors, lengths = make_folder(path, FRAMES, width, SEQ_LEN)
-    return {name: tensors[name][:length] for name, length in lengths.items()}
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def flags(checkpoint, source, save_dir, *options):
+    """The source is a prepared folder, or audio where "--audio" is among the options."""
+    kind = "--audio" if "--audio" in options else "--data_dir"
+    argv = ["--checkpoint", checkpoint, kind, source, "--save_dir", save_dir, "--device", "cpu"]
+    argv += ["--batch_size", 1, "--load_data_workers", 0]
+    return argv + [option for option in options if option != "--audio"]
+
+
+@pytest.fixture
+def extract(call_main, monkeypatch):
+    """Run the script in this process, which then reads audio alone."""
+    monkeypatch.setattr(extract_features, "num_cores", lambda: 1)
+    return lambda *args: call_main(extract_features, *flags(*args))
+
+
+@pytest.fixture
+def features(extract, tmp_path):
+    """The same into a new folder, without any warning -> {utterance id: tensor}."""
+    outs = (tmp_path / f"features-{number}" for number in itertools.count())
+
+    def call(checkpoint, source, *options):
+        out = next(outs)
+        assert not warnings_of(extract(checkpoint, source, out, *options))
+        return read(out)
+
+    return call
+
+
+def succeeded(result):
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refused(result, *words, status=1):
+    message = error_line(result, SCRIPT, status)
+    assert all(str(word) in message for word in words), (words, message)
+
+
+def warnings_of(result):
+    return [line for line in succeeded(result).stderr.splitlines() if " - WARNING - " in line]
+
+
+# Models, data, features ---------------------------------------------------------------------------
+
+
+def write_model(path, data=None, mel=MEL, layers=3, residual=True, **shape):
+    """Write a model, and `data` in its config.json -> the reference that has its weights."""
+    torch.manual_seed(4)
+    model = PackedAPC(mel, HIDDEN, layers, residual=residual, **shape).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    config = {"rnn_residual": residual} | ({} if data is None else {"data": data})
+    (path.parent / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@torch.no_grad()
+def all_layers(model, utterances):
+    """{utterance id: (T, D)} -> {utterance id: (layers, T, H)}, each alone."""
+    return {
+        utt_id: model(torch.as_tensor(frames)[None], torch.tensor([len(frames)]))[1][:, 0]
+        for utt_id, frames in utterances.items()
+    }
+
+
+def last_layer(model, utterances):
+    return {utt_id: reps[-1] for utt_id, reps in all_layers(model, utterances).items()}
+
+
+def write_folder(path, frames=FRAMES, seq_len=SEQ_LEN, **kw):
+    """A prepared folder -> {utterance id: its frames}."""
+    tensors, lengths = make_folder(path, frames, MEL, seq_len, **kw)
+    return {name.removesuffix(".pt"): tensors[name][:length] for name, length in lengths.items()}
 
 
 @pytest.fixture(scope="module")
@@ -27,233 +121,639 @@ def folder(tmp_path_factory):
     return path, write_folder(path)
 
 
-def build(path, prenet_layers=0, residual=True, rnn_type="gru", layers=3):
-    """Save a model's weights; give {frames (T, D)} -> (layers, T, H) by its forward, alone."""
-    torch.manual_seed(4)
-    prenet = PrenetConfig(MEL, HIDDEN, prenet_layers, 0.5) if prenet_layers else None
-    first = HIDDEN if prenet_layers else MEL
-    # Dropout is for training: here it would show.
-    model = APCModel(MEL, prenet, RNNConfig(first, HIDDEN, layers, 0.5, residual, rnn_type)).eval()
-    torch.save(model.state_dict(), path)
-
-    @torch.no_grad()
-    def alone(frames):
-        return model.forward(frames[None], torch.tensor([len(frames)]))[1][:, 0]
-
-    return alone
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "foo.model"
+    return path, write_model(path, prenet_layers=1)
 
 
-@pytest.fixture
-def extract(call_main):
-    """Run extract_features.py's main as the script would: (status, stderr)."""
-
-    def call(checkpoint, data_dir, save_dir, *options, device="cpu"):
-        argv = ["--checkpoint", checkpoint, "--data_dir", data_dir, "--save_dir", save_dir]
-        argv += ["--device", device, *options]
-        done = call_main(extract_features, *argv)
-        return done.returncode, done.stderr
-
-    return call
+@pytest.fixture(scope="module")
+def whole(server, folder, model, tmp_path_factory):
+    """The features of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    succeeded(server.run(SCRIPT, *flags(model[0], folder[0], out)))
+    return read(out)
 
 
-def error_line(stderr, parser=False):
-    assert "Traceback" not in stderr
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip()]
-    assert lines and lines[-1].startswith("extract_features.py: error: "), stderr
-    assert parser or sum("rror:" in line for line in lines) == 1, stderr
-    return lines[-1].removeprefix("extract_features.py: error: ")
+def read(save_dir):
+    """{utterance id: tensor} of a finished folder in which nothing else lies."""
+    kind = json.loads((save_dir / "features.json").read_text())["format"]
+    names = {path.name for path in save_dir.iterdir()} - {"features.json", ".lock"}
+    if kind == "ark":
+        assert all(re.fullmatch(r"feats(\.\d)?\.ark|feats\.scp", name) for name in names), names
+        found = kaldiio.load_scp(str(save_dir / "feats.scp"))
+        return {utt_id: torch.from_numpy(np.array(found[utt_id])) for utt_id in found}
+    assert all(name.endswith(f".{kind}") for name in names), names
+    return read_files(save_dir / name for name in names)
 
 
-def features(save_dir):
-    """{file name: tensor} of a folder of features; every .pt in it is whole."""
-    out = {}
-    for name in os.listdir(save_dir):
-        assert name.endswith(".pt") or "tmp" not in name, f"left behind: {name}"
-        if name.endswith(".pt"):
-            tensor = torch.load(save_dir / name, weights_only=True)
-            assert tensor.dtype == torch.float32
-            assert not tensor.requires_grad
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
-            out[name] = tensor
-    return out
+def read_files(paths):
+    return {path.stem: read_file(path) for path in paths}
 
 
-def assert_close(got, frames, truth):
-    assert sorted(got) == sorted(frames)
-    for name, x in frames.items():
-        expected = truth(x)
-        assert got[name].shape == expected.shape
-        assert torch.allclose(got[name], expected, atol=1e-5), name
+def read_file(path):
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    value = torch.load(path, weights_only=True)
+    assert value.untyped_storage().nbytes() == value.nbytes, "the rest of its batch is in the file"
+    return value
 
 
-# ------------------------------------------------------------------------------ good runs
+def times(paths):
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_features_do_not_depend_on_the_batch(tmp_path, extract, folder, batch_size):
-    data, frames = folder
-    alone = build(tmp_path / "m.pt")
-    status, stderr = extract(
-        tmp_path / "m.pt", data, tmp_path / "out", "--residual", "--batch_size", batch_size
-    )
-    assert status == 0, stderr
-    got = features(tmp_path / "out")
-    assert_close(got, frames, lambda x: alone(x)[-1])
-    assert [tuple(got[name].shape) for name in sorted(got)] == [(n, HIDDEN) for n in FRAMES]
+def assert_equal(got, expected):
+    assert sorted(got) == sorted(expected)
+    for utt_id, value in expected.items():
+        assert got[utt_id].dtype == value.dtype and torch.equal(got[utt_id], value), utt_id
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
+def assert_close(got, expected, tolerance=1e-5):
+    assert sorted(got) == sorted(expected)
+    for utt_id, value in expected.items():
+        assert got[utt_id].shape == value.shape, utt_id
+        assert float((got[utt_id] - value).abs().max()) <= tolerance, utt_id
+
+
+# Features -----------------------------------------------------------------------------------------
+
+
+def test_features_are_the_models_outputs_whatever_the_batch(tmp_path, features, folder):
+    shapes = [
         {},
         {"prenet_layers": 2, "residual": False},
         {"prenet_layers": 1, "rnn_type": "lstm", "layers": 2},
         {"layers": 1, "residual": False},
-    ],
-    ids=str,
-)
-def test_layers(tmp_path, extract, folder, model):
-    data, frames = folder
-    alone = build(tmp_path / "m.pt", **model)
-    count = model.get("layers", 3) + bool(model.get("prenet_layers"))
-    flag = "--residual" if model.get("residual", True) else "--no_residual"
-    run = [tmp_path / "m.pt", data]
-
-    status, stderr = extract(*run, tmp_path / "all", flag, "--layer", "all")
-    assert status == 0, stderr
-    got = features(tmp_path / "all")
-    assert_close(got, frames, alone)
-    assert [tuple(got[name].shape) for name in sorted(got)] == [(count, n, HIDDEN) for n in FRAMES]
-
-    status, stderr = extract(*run, tmp_path / "first", flag, "--layer", 0)
-    assert status == 0, stderr
-    assert_close(features(tmp_path / "first"), frames, lambda x: alone(x)[0])
-
-    status, stderr = extract(*run, tmp_path / "last", flag, "--layer", count - 1)
-    assert status == 0, stderr
-    assert_close(features(tmp_path / "last"), frames, lambda x: alone(x)[-1])
+    ]
+    for shape in shapes:
+        expected = all_layers(write_model(tmp_path / "foo.model", **shape), folder[1])
+        for size in (1, 3, 100):
+            options = ["--layer", "all", "--batch_size", size]
+            assert_close(features(tmp_path / "foo.model", folder[0], *options), expected)
 
 
-# ------------------------------------------------------------------------------ refusals
-
-
-@pytest.mark.parametrize("layer", ["4", "99", "top", "", "1.5", "-9"])
-def test_a_layer_that_is_none_gets_the_valid_choices(tmp_path, extract, folder, layer):
-    build(tmp_path / "m.pt", prenet_layers=1)  # layers 0 (prenet), 1, 2, 3
-    status, stderr = extract(
-        tmp_path / "m.pt", folder[0], tmp_path / "out", "--residual", f"--layer={layer}"
-    )
-    assert status not in (0, None)
-    message = error_line(stderr, parser=True)
-    assert "all" in message
-    if layer.isdigit():  # whether text is a layer the parser knows before it sees the model
-        assert re.search(r"\b0\b.*\b3\b", message), message
-    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
-
-
-def test_another_width_is_refused(tmp_path, extract):
-    build(tmp_path / "m.pt")
-    write_folder(tmp_path / "wide", MEL + 4)
-    status, stderr = extract(tmp_path / "m.pt", tmp_path / "wide", tmp_path / "out", "--residual")
-    assert status not in (0, None)
-    message = error_line(stderr).replace(str(tmp_path), "")
-    assert re.search(rf"\b{MEL}\b", message)
-    assert re.search(rf"\b{MEL + 4}\b", message)
-    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
-
-
-def test_missing_inputs_are_named(tmp_path, extract, folder):
-    build(tmp_path / "m.pt")
-    cases = {
-        "nowhere.pt": (tmp_path / "nowhere.pt", folder[0]),
-        "no-data": (tmp_path / "m.pt", tmp_path / "no-data"),
-        "unfinished": (tmp_path / "m.pt", tmp_path / "unfinished"),
+def test_choose_layers():
+    reps = torch.randn(4, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    zero, one, two, three = reps
+    chosen = {
+        "last": three,
+        "all": reps,
+        "mean": (zero + one + two + three) / 4,
+        "0": zero,
+        "3": three,
+        "0,2": torch.stack([zero, two]),
+        "3,1,2,0": torch.stack([three, one, two, zero]),
     }
-    (tmp_path / "unfinished").mkdir()
-    for name, (checkpoint, data) in cases.items():
-        status, stderr = extract(checkpoint, data, tmp_path / "out", "--residual")
-        assert status not in (0, None)
-        assert name in error_line(stderr)
+    for name, expected in chosen.items():
+        got = choose_layers(name, 4)(reps)
+        assert got.shape == expected.shape and torch.allclose(got, expected), name
+    bad = ["4", "99", "top", "", "1.5", "-1", "0,", ",", ",1", "0,,1", "0,4", "4,0", "0;2", "0, 2"]
+    for name in [*bad, "0-2", "mean,0", "all,1", "min", "1e0", "9" * 5000]:
+        with pytest.raises(UserError, match=r"last, all, mean, 0, 1, 2, 3,"):
+            choose_layers(name, 4)
 
 
-def test_residual_is_asked_for(tmp_path, extract, folder):
-    build(tmp_path / "m.pt")
-    status, stderr = extract(tmp_path / "m.pt", folder[0], tmp_path / "out")
-    assert status not in (0, None)
-    message = error_line(stderr)
-    assert "--residual" in message
-    assert "--no_residual" in message
-    status, stderr = extract(
-        tmp_path / "m.pt", folder[0], tmp_path / "out", "--residual", "--no_residual"
-    )
-    assert status == 2
+def test_formats_hold_the_same_numbers(features, folder, model):
+    data, frames = folder
+    for layer, choose in {
+        "last": lambda reps: reps[3],
+        "mean": lambda reps: reps.mean(dim=0),
+        "2,0": lambda reps: reps[[2, 0]],
+    }.items():
+        argv = [model[0], data, "--layer", layer, "--batch_size", 4]
+        got = features(*argv)
+        assert {value.dtype for value in got.values()} == {torch.float32}
+        reps = all_layers(model[1], frames)
+        assert_close(got, {utt_id: choose(value) for utt_id, value in reps.items()})
+        for kind in ["npy"] if layer == "2,0" else ["npy", "ark"]:
+            assert_equal(features(*argv, "--format", kind), got)
+        half = {utt_id: value.half() for utt_id, value in got.items()}
+        for kind in ("pt", "npy"):
+            assert_equal(features(*argv, "--format", kind, "--dtype", "float16"), half)
 
 
-@pytest.mark.parametrize("batch_size", ["0", "-4", "many"])
-def test_impossible_batch_size(tmp_path, extract, folder, batch_size):
-    build(tmp_path / "m.pt")
-    status, stderr = extract(
-        tmp_path / "m.pt", folder[0], tmp_path / "out", "--residual", f"--batch_size={batch_size}"
-    )
-    assert status == 2
-    assert "--batch_size" in error_line(stderr, parser=True)
-
-
-def test_save_dir_that_is_a_file(tmp_path, extract, folder):
-    build(tmp_path / "m.pt")
-    (tmp_path / "occupied").write_text("mine")
-    status, stderr = extract(tmp_path / "m.pt", folder[0], tmp_path / "occupied", "--residual")
-    assert status not in (0, None)
-    assert "occupied" in error_line(stderr)
-    assert (tmp_path / "occupied").read_text() == "mine"
-
-
-def test_features_never_land_on_their_source(tmp_path, extract):
-    """The names are the same: written into the prepared folder they would destroy it."""
-    build(tmp_path / "m.pt")
+def test_an_ark_as_kaldiio_and_prepare_data_read_it(tmp_path, extract, model, monkeypatch):
+    """Kaldi wants the order of the ids' bytes, which other sorts do not give."""
     data = tmp_path / "data"
-    write_folder(data)
-    before = {path.name: path.read_bytes() for path in data.iterdir()}
-    status, stderr = extract(tmp_path / "m.pt", data, data, "--residual")
-    assert status not in (0, None)
-    error_line(stderr)
-    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    frames = write_folder(data)
+    names = ["b-1", "B-1", "a-1-2", "a-1", "a_1", "é-1", "0"]
+    for old, new in zip(frames, names):
+        os.rename(data / f"{old}.pt", data / f"{new}.pt")
+    table = {f"{name}.pt": length for name, length in zip(names, FRAMES)}
+    (data / "lengths.pkl").write_bytes(pickle.dumps(table))
+    expected = last_layer(model[1], dict(zip(names, frames.values())))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    succeeded(extract(model[0], data, "my feats/a:1", "--format", "ark"))
+    monkeypatch.chdir(tmp_path)  # paths in the scp do not depend on where one is
+    out = tmp_path / "here" / "my feats" / "a:1"
+    assert_close(read(out), expected)
+    lines = (out / "feats.scp").read_bytes().splitlines()
+    ids, places = zip(*[line.split(b" ", 1) for line in lines])
+    assert list(ids) == sorted(name.encode() for name in names)
+    assert all(place.startswith(bytes(out / "feats.ark") + b":") for place in places)
+    archive = kaldiio.load_ark(str(out / "feats.ark"))
+    assert_close({utt_id: torch.from_numpy(x.copy()) for utt_id, x in archive}, expected)
+
+    again = tmp_path / "again"
+    source = ["--librispeech_from_kaldi", out / "feats.scp", "--max_seq_len", SEQ_LEN]
+    prepare_data.main([*map(str, [*source, "--save_dir", again, "--num_workers", 1])])
+    for utt_id, value in read(out).items():
+        assert torch.equal(torch.load(again / f"{utt_id}.pt")[: len(value)], value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(tmp_path, extract, folder):
-    build(tmp_path / "m.pt")
-    status, stderr = extract(
-        tmp_path / "m.pt", folder[0], tmp_path / "out", "--residual", device="cuda"
-    )
-    assert status not in (0, None)
-    assert "cuda" in error_line(stderr)
+def test_an_id_with_a_space(tmp_path, extract, features, model):
+    """A file may have such a name; in Kaldi's files a space ends it."""
+    frames = write_folder(tmp_path / "data", [5], prefix="a\u00a0b")
+    out = tmp_path / "out"
+    refused(extract(model[0], tmp_path / "data", out, "--format", "ark"), "a\\xa0b", "space")
+    assert not (out / "feats.scp").exists()
+    got = features(model[0], tmp_path / "data", "--format", "npy")
+    assert_close(got, last_layer(model[1], frames))
+
+
+def test_long_recordings_go_through_by_themselves(tmp_path, features, monkeypatch):
+    """In chunks, so that memory does not grow; batches hold no more frames than fit."""
+    monkeypatch.setattr(extract_features, "MAX_FRAMES", 500)
+    shapes, forward = [], APCModel.forward
+
+    def recording(self, inputs, lengths):
+        shapes.append(inputs.shape[:2])
+        return forward(self, inputs, lengths)
+
+    monkeypatch.setattr(APCModel, "forward", recording)
+    frames = write_folder(tmp_path / "data", [5000, 70, 90, 200, 501, 240, 10, 130], 5000)
+    expected = all_layers(write_model(tmp_path / "foo.model"), frames)
+    for layer, choose in {"all": lambda reps: reps, "mean": lambda reps: reps.mean(dim=0)}.items():
+        options = ["--layer", layer, "--batch_size", 4]
+        got = features(tmp_path / "foo.model", tmp_path / "data", *options)
+        assert_close(got, {utt_id: choose(reps) for utt_id, reps in expected.items()})
+    assert max(b for b, _ in shapes) > 1 and max(b * t for b, t in shapes) <= 500
+
+
+def test_features_that_are_not_finite_are_named(tmp_path, extract, model):
+    write_folder(tmp_path / "data")
+    frames = torch.load(tmp_path / "data" / "utt-003.pt")
+    frames[2, 1] = math.nan
+    torch.save(frames, tmp_path / "data" / "utt-003.pt")
+    result = succeeded(extract(model[0], tmp_path / "data", tmp_path / "out", "--batch_size", 4))
+    (line,) = [line for line in result.stderr.splitlines() if " - ERROR - " in line]
+    assert "utt-003" in line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_on_a_gpu(tmp_path, extract, folder):
-    data, frames = folder
-    alone = build(tmp_path / "m.pt")
-    status, stderr = extract(tmp_path / "m.pt", data, tmp_path / "out", "--residual", device="cuda")
-    assert status == 0, stderr
-    for name, tensor in features(tmp_path / "out").items():
-        assert tensor.device.type == "cpu"
-        # TF32 and other kernels: not the CPU's digits.
-        assert torch.allclose(tensor, alone(frames[name])[-1], atol=5e-3)
+def test_on_a_gpu(features, folder, model):
+    got = features(model[0], folder[0], "--device", "cuda")
+    assert {value.device.type for value in got.values()} == {"cpu"}
+    assert_close(got, last_layer(model[1], folder[1]), 5e-3)  # TF32 and other kernels
 
 
-def test_a_failed_run_leaves_whole_files_only(tmp_path):
-    build(tmp_path / "m.pt")
-    data = tmp_path / "data"
-    frames = write_folder(data)
-    bad = data / "utt-005.pt"
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def test_wrong_flags_are_refused_by_the_parser(tmp_path, call_main):
+    rows = [
+        (["--batch_size=0"], "--batch_size"),
+        (["--load_data_workers=-1"], "--load_data_workers"),
+        (["--residual", "--no_residual"], "--no_residual"),
+        (["--utt2spk", "x"], "--audio"),
+        (["--audio", "x"], "--data_dir"),
+        (["--format", "ark", "--resume"], "resume"),
+        (["--format", "ark", "--layer", "all"], "--layer all"),
+        (["--format", "ark", "--layer", "0,2"], "--layer 0,2"),
+        (["--format", "ark", "--dtype", "float16"], "float16"),
+        (["--format", "ark", "--save_dir", tmp_path / "a,b"], "comma"),
+    ]
+    needed = ["--checkpoint", "foo.model", "--save_dir", tmp_path / "out"]
+    for options, word in rows:
+        refused(call_main(extract_features, *needed, "--data_dir", "x", *options), word, status=2)
+    refused(call_main(extract_features, *needed), "--data_dir", "--audio", status=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_refused_leaves_nothing(tmp_path, extract, folder, model):
+    checkpoint, data, out = model[0], tmp_path / "data", tmp_path / "out"
+    shutil.copytree(folder[0], data)
+    shutil.copy(checkpoint, tmp_path / "bare.model")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "occupied").write_text("mine")
+    make_folder(tmp_path / "wide", FRAMES, MEL + 4)
+    write_model(tmp_path / "edited" / "foo.model", [{"source": "audio"}])
+    device = "mps" if torch.cuda.is_available() else "cuda"
+    rows = [
+        ((tmp_path / "nowhere.model", data, out), ["nowhere.model"]),
+        ((checkpoint, tmp_path / "no-data", out), ["no-data"]),
+        ((checkpoint, tmp_path / "unfinished", out), ["unfinished", "lengths.pkl"]),
+        ((checkpoint, tmp_path / "wide", out), ["wide", f"{MEL + 4} numbers", f"reads {MEL}"]),
+        ((tmp_path / "bare.model", data, out), ["--residual", "--no_residual"]),
+        ((checkpoint, data, out, "--layer", 4), ["--layer 4", "last, all, mean, 0, 1, 2, 3,"]),
+        ((checkpoint, data, out, "--device", device), [f"--device {device}"]),
+        ((checkpoint, data, tmp_path / "occupied"), ["occupied"]),
+        ((checkpoint, data, data), [data, "prepared folder"]),  # tensors of the same names
+        ((checkpoint, data, data, "--resume"), [data, "prepared folder"]),
+        ((checkpoint, "", out, "--audio"), ["no such file"]),
+        ((tmp_path / "edited" / "foo.model", "x", out, "--audio"), ["config.json", "cmvn"]),
+    ]
+    before = snapshot(tmp_path)
+    for args, words in rows:
+        refused(extract(*args), *words)
+        assert snapshot(tmp_path) == before and not out.exists(), args
+
+
+def test_a_damaged_tensor_is_named(tmp_path, server, folder, model, whole):
+    """By a worker. What was written before is whole."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(folder[0], data)
+    bad = data / "utt-005.pt"  # four are shorter and come first
     bad.write_bytes(bad.read_bytes()[:700])
-    # A process of its own: the loader's workers end with it.
-    argv = ["--checkpoint", tmp_path / "m.pt", "--data_dir", data, "--save_dir", tmp_path / "out"]
-    argv += ["--residual", "--batch_size", 1, "--device", "cpu"]
-    done = run_script("extract_features.py", *argv)
-    assert done.returncode not in (0, None)
-    assert bad.name in error_line(done.stderr)
-    if (tmp_path / "out").exists():
-        for name, tensor in features(tmp_path / "out").items():
-            assert tensor.shape == (len(frames[name]), HIDDEN)
+    refused(server.run(SCRIPT, *flags(model[0], data, out, "--load_data_workers", 2)), bad)
+    shorter = ["utt-001", "utt-002", "utt-004", "utt-006"]
+    assert_equal(read(out), {utt_id: whole[utt_id] for utt_id in shorter})
+
+
+# Interruptions ------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes(tmp_path, server, folder, model, whole):
+    """What has its final name is whole, stays, and does not go through the model again."""
+    rows = [
+        ("pt", "features.json", 1, "after", 0),
+        ("pt", "pt$", 1, "before", 0),
+        ("pt", "pt$", 4, "after", 4),
+        ("pt", "pt$", 7, "before", 6),
+        ("npy", "npy$", 4, "before", 3),
+    ]
+    for kind, name, number, when, count in rows:
+        out, fed = tmp_path / f"{name}-{number}", tmp_path / "fed"
+        shutil.rmtree(out, ignore_errors=True)
+        argv = [SCRIPT, *flags(model[0], folder[0], out, "--format", kind)]
+        killed = server.run(*argv, crash=(name, number, when))
+        assert killed.returncode == -signal.SIGKILL
+        before = times(out.glob(f"*.{kind}"))
+        assert len(before) == count
+        assert_equal(read_files(before), {path.stem: whole[path.stem] for path in before})
+        succeeded(server.run(*argv, "--resume", record=fed))
+        assert_equal(read(out), whole)
+        assert times(before) == before
+        assert sum(len(lengths) for _, _, lengths in torch.load(fed)) == len(FRAMES) - count
+
+
+@pytest.mark.parametrize("kind", ["pt", "npy"])
+def test_resume_makes_what_is_missing(tmp_path, extract, model, folder, whole, kind):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(folder[0], data)
+    table = pickle.loads((data / "lengths.pkl").read_bytes())
+    (data / "lengths.pkl").write_bytes(pickle.dumps(dict(list(table.items())[:5])))
+    argv = [model[0], data, out, "--format", kind, "--resume"]
+    succeeded(extract(*argv))  # of nothing: it begins
+    before = snapshot(out), times(out.iterdir())
+    succeeded(extract(*argv))  # of a finished run: it touches nothing
+    assert (snapshot(out), times(out.iterdir())) == before
+    (data / "lengths.pkl").write_bytes(pickle.dumps(table))  # more was prepared meanwhile
+    (out / f"utt-001.{kind}").unlink()
+    (out / f"utt-003.{kind}").write_bytes(b"")  # as a crash of the machine may leave it
+    succeeded(extract(*argv))
+    assert_equal(read(out), whole)
+    kept = [out / f"utt-{number}.{kind}" for number in ("000", "002", "004")]
+    assert times(kept) == {path: before[1][path] for path in kept}
+
+
+def test_a_killed_ark_has_no_scp_and_stays_as_it_is(tmp_path, server, folder, model, whole):
+    out = tmp_path / "out"
+    argv = [SCRIPT, *flags(model[0], folder[0], out, "--format", "ark")]
+    for name, when in [("features.json", "after"), ("feats.scp$", "before"), ("part$", "before")]:
+        shutil.rmtree(out, ignore_errors=True)
+        assert server.run(*argv, crash=(name, 1, when)).returncode == -signal.SIGKILL
+        assert (out / "feats.scp").exists() == (name == "part$")
+        before = snapshot(out)
+        refused(server.run(*argv), out)
+        assert snapshot(out) == before
+    (out / "feats.scp.part").unlink()  # killed when only this was left to be done
+    assert_equal(read(out), whole)
+
+
+def test_resume_with_other_flags_is_refused(tmp_path, extract, folder, model):
+    """Else half of the features would be of another kind. What counts is what the files hold."""
+    checkpoint, data, out = tmp_path / "foo.model", folder[0], tmp_path / "out"
+    write_model(checkpoint, prenet_layers=1)
+    succeeded(extract(checkpoint, data, out))
+    (out / "utt-003.pt").unlink()
+    write_folder(tmp_path / "elsewhere", seed=1)
+    before = snapshot(out)
+    rows = [
+        ((data, out, "--layer", 0), "layer"),
+        ((data, out, "--dtype", "float16"), "dtype"),
+        ((data, out, "--format", "npy"), "format"),
+        ((data, out, "--no_residual"), "residual"),
+        ((tmp_path / "elsewhere", out), "elsewhere"),
+    ]
+    for args, word in rows:
+        refused(extract(checkpoint, *args, "--resume"), word, "--resume needs the same")
+    weights = torch.load(checkpoint)
+    weights["rnns.1.bias_ih_l0"][3] += 1e-3
+    torch.save(weights, checkpoint)
+    refused(extract(checkpoint, data, out, "--resume"), "weights")
+    assert snapshot(out) == before
+    (tmp_path / "link").symlink_to(data)
+    succeeded(extract(model[0], tmp_path / "link", out, "--resume"))  # the same by other names
+    assert len(read(out)) == len(FRAMES)
+
+
+def test_other_features_are_neither_lost_nor_taken_for_ours(tmp_path, extract, folder, model):
+    argv = [model[0], folder[0]]
+    for kind in FORMATS:
+        out = tmp_path / kind
+        succeeded(extract(*argv, out, "--format", kind, "--layer", 0))
+        before = snapshot(out)
+        for other in FORMATS:
+            refused(extract(*argv, out, "--format", other), out)
+            assert snapshot(out) == before
+    for content in ("", "{", "[]", "null", "\0\0"):
+        (tmp_path / "pt" / "features.json").write_text(content)
+        refused(extract(*argv, tmp_path / "pt", "--resume"), "features.json")
+    (tmp_path / "pt" / "features.json").unlink()
+    before = snapshot(tmp_path / "pt")
+    refused(extract(*argv, tmp_path / "pt", "--resume"), "utt-00")
+    assert snapshot(tmp_path / "pt") == before
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path, server, folder, model):
+    lock_folder(tmp_path)  # until this process ends
+    refused(server.run(SCRIPT, *flags(model[0], folder[0], tmp_path)), tmp_path, "another process")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+# A full disk --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, server, model):
+    """100 kB of features, the last of them the largest -> (data, the features)."""
+    path = tmp_path_factory.mktemp("large")
+    write_folder(path / "data", list(range(10, 130, 5)), 130)
+    succeeded(server.run(SCRIPT, *flags(model[0], path / "data", path / "out")))
+    return path / "data", read(path / "out")
+
+
+def assert_only_whole_files(out, kind, expected):
+    written = list(out.glob(f"*.{kind}"))
+    assert not list(out.glob("*.tmp")) and not (out / "feats.scp").exists()
+    if kind != "ark":
+        assert 0 < len(written) < len(expected)
+        assert_equal(read_files(written), {path.stem: expected[path.stem] for path in written})
+
+
+@every_format
+def test_a_full_disk(server, small_disk, large, model, kind):
+    out = small_disk / "out"
+    argv = [SCRIPT, *flags(model[0], large[0], out, "--format", kind)]
+    leave_room(small_disk, 60_000)
+    refused(server.run(*argv), out, "No space left on device")
+    assert_only_whole_files(out, kind, large[1])
+    leave_room(small_disk, None)
+    if kind != "ark":
+        succeeded(server.run(*argv, "--resume"))
+        assert_equal(read(out), large[1])
+
+
+@pytest.mark.parametrize("kind, limit", [("pt", 5000), ("npy", 5000), ("ark", 60e3), ("ark", 1e5)])
+def test_a_file_that_may_not_grow(tmp_path, server, large, model, kind, limit):
+    """Where no small disk can be had: the system's limit on a file's size, as with a quota."""
+    argv = flags(model[0], large[0], tmp_path / "out", "--format", kind)
+    ended = server.run(SCRIPT, *argv, file_limit=int(limit))
+    refused(ended, tmp_path / "out", "File too large")
+    assert_only_whole_files(tmp_path / "out", kind, large[1])
+
+
+# Several processes --------------------------------------------------------------------------------
+
+
+@every_format
+def test_several_processes_write_the_features_of_one(tmp_path, server, folder, model, whole, kind):
+    """Each its share; of three processes for two utterances, one has nothing to do."""
+
+    def run(data, out, size, world_size):
+        argv = flags(model[0], data, out, "--format", kind, "--batch_size", size)
+        processes = server.run_ranks(SCRIPT, *argv, world_size=world_size)
+        ends = [succeeded(process).stdout.splitlines()[-1] for process in processes]
+        return sorted(int(re.search(r"features of (\d+) utt", end)[1]) for end in ends)
+
+    shares = run(folder[0], tmp_path / "out", 4, world_size=2)
+    assert min(shares) > 0 and sum(shares) == len(FRAMES)
+    assert_close(read(tmp_path / "out"), whole, 1e-6)  # other batches give other roundings
+    frames = write_folder(tmp_path / "two", [9, 4])
+    assert run(tmp_path / "two", tmp_path / "few", 1, world_size=3) == [0, 1, 1]
+    assert_close(read(tmp_path / "few"), last_layer(model[1], frames))
+
+
+def test_killed_processes_resume_in_any_number(tmp_path, server, folder, model, whole):
+    out = tmp_path / "out"
+    argv = [SCRIPT, *flags(model[0], folder[0], out)]
+    killed = server.run_ranks(*argv, crash=("pt$", 3, "before"))
+    assert -signal.SIGKILL in [process.returncode for process in killed]
+    before = times(out.glob("*.pt"))
+    assert 0 < len(before) < len(FRAMES)
+    succeeded(server.run(*argv, "--resume"))
+    assert_equal(read(out), whole)
+    assert times(before) == before
+    for path in list(before)[:2]:
+        path.unlink()
+    for process in server.run_ranks(*argv, "--resume"):
+        succeeded(process)
+    assert_equal(read(out), whole)
+
+
+# Audio --------------------------------------------------------------------------------------------
+
+CUT = 80  # max_seq_len of what the models were trained on
+SPEECH = {"84-121-0000": 0.7, "84-121-0001": 0.4, "84-121-0002": 1.3, "1272-5-0000": 0.5}  # seconds
+
+
+def write_sound(path, samples, rate=16000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """LibriSpeech's kind of tree, with a .wav in it."""
+    root = tmp_path_factory.mktemp("audio") / "dev"
+    for seed, (utt_id, seconds) in enumerate(SPEECH.items()):
+        ending = "wav" if utt_id.endswith("1") else "flac"
+        write_sound(root / utt_id.split("-")[0] / f"{utt_id}.{ending}", speech(seconds, seed))
+    return root
+
+
+def prepare(source, save_dir, *options, max_seq_len=200):
+    argv = ["--librispeech_from_audio", source, "--save_dir", save_dir, "--num_workers", 1]
+    prepare_data.main([*map(str, [*argv, "--max_seq_len", max_seq_len, *options])])
+    return save_dir
+
+
+@pytest.fixture(scope="module")
+def trained(recordings, tmp_path_factory):
+    """{cmvn: (a model trained on the recordings cut to CUT frames, the same, prepared uncut)}."""
+    found = {}
+    for cmvn in audio.CMVN_KINDS:
+        here = tmp_path_factory.mktemp(cmvn)
+        cut = prepare(recordings, here / "cut", "--cmvn", cmvn, max_seq_len=CUT)
+        made = json.loads((cut / "prepared.json").read_text())
+        write_model(here / "model" / "foo.model", [made], mel=80)
+        uncut = prepare(recordings, here / "uncut", "--cmvn", cmvn)
+        found[cmvn] = here / "model" / "foo.model", uncut
+    return found
+
+
+def test_audio_gives_what_preparing_it_gives(tmp_path, features, recordings, trained, monkeypatch):
+    """A file by itself, too, without its speaker's other speech; and where it is read in blocks."""
+    found, wav = {}, recordings / "84" / "84-121-0001.wav"
+    shutil.copytree(wav.parent, tmp_path / "alone", ignore=shutil.ignore_patterns("*.flac"))
+    for cmvn, (checkpoint, uncut) in trained.items():
+        expected = features(checkpoint, uncut, "--batch_size", 3)
+        found[cmvn] = features(checkpoint, recordings, "--audio", "--batch_size", 3)
+        assert_close(found[cmvn], expected)
+        assert len(expected["84-121-0002"]) == 128 > CUT
+        if cmvn == "speaker":
+            alone = prepare(tmp_path / "alone", tmp_path / "uncut", "--cmvn", cmvn)
+            expected = features(checkpoint, alone)
+        got = features(checkpoint, wav, "--audio")
+        assert_close(got, {"84-121-0001": expected["84-121-0001"]})
+        with monkeypatch.context() as patch:
+            patch.setattr(extract_features, "MAX_FRAMES", 50)
+            patch.setattr(audio, "BLOCK_SIZE", 3000)
+            assert_close(features(checkpoint, recordings, "--audio"), found[cmvn])
+    for one, other in itertools.combinations(found.values(), 2):  # else one may pass for another
+        assert float((one["84-121-0000"] - other["84-121-0000"]).abs().max()) > 1e-3
+
+
+def test_the_training_datas_fbank_is_used(tmp_path, features):
+    rows = [
+        {"frame_shift_ms": 20.0},
+        {"frame_length_ms": 32.0, "num_mel_bins": 40},
+        {"window_type": "povey", "htk_compat": False},
+        {"sample_rate": 8000, "num_mel_bins": 23},
+    ]
+    for number, changes in enumerate(rows):
+        checkpoint = tmp_path / f"{number}" / "foo.model"
+        fbank = audio.fbank_settings(changes)
+        rate, mel = int(fbank["sample_rate"]), fbank["num_mel_bins"]
+        made = {"source": "audio", "fbank": fbank, "cmvn": "utterance"}
+        model = write_model(checkpoint, [made], mel=mel)
+        samples = speech(0.5, rate=rate)
+        frames = audio.fbank(samples.astype(np.float32), fbank).astype(np.float64)
+        window, shift = (rate * fbank[f"frame_{key}_ms"] / 1000 for key in ("length", "shift"))
+        assert frames.shape == (1 + (len(samples) - window) // shift, mel)
+        frames = (frames - frames.mean(axis=0)) / frames.std(axis=0)
+        got = features(checkpoint, write_sound(tmp_path / "a.wav", samples, rate), "--audio")
+        assert_close(got, last_layer(model, {"a": frames.astype(np.float32)}), 1e-4)
+
+
+def test_a_model_of_unknown_features(tmp_path, extract, features, recordings, trained):
+    """It gets the original's settings and CMVN by speaker, and a warning that this is a guess."""
+    expected = features(trained["speaker"][0], recordings, "--audio")
+    kaldi = {"source": "kaldi", "path": "feats.scp", "fbank": None, "cmvn": "none", "mel_dim": 80}
+    rows = [[kaldi], [kaldi | {"cmvn": "speaker"}], [None], [], None]
+    for number, data in enumerate(rows):
+        checkpoint = tmp_path / f"{number}" / "bs32-rhl3-rhs16-rd0-adam-res-ts3.pt"
+        write_model(checkpoint, data, mel=80)
+        if data is None:
+            (checkpoint.parent / "config.json").unlink()
+        out = tmp_path / f"{number}" / "out"
+        (line,) = warnings_of(extract(checkpoint, recordings, out, "--audio"))
+        assert "original" in line
+        assert_equal(read(out), expected)
+
+
+def test_utt2spk(tmp_path, extract, features, recordings, trained):
+    checkpoint, _ = trained["speaker"]
+    table, out = tmp_path / "utt2spk", tmp_path / "out"
+    table.write_text("".join(f"{utt} {who}\n" for utt, who in zip(SPEECH, "abab")))
+    uncut = prepare(recordings, tmp_path / "uncut", "--cmvn", "speaker", "--utt2spk", table)
+    got = features(checkpoint, recordings, "--audio", "--utt2spk", table)
+    assert_close(got, features(checkpoint, uncut))
+    other = features(checkpoint, recordings, "--audio")
+    assert not any(torch.allclose(got[utt_id], other[utt_id], atol=1e-3) for utt_id in got)
+
+    options = ["--audio", "--utt2spk", table]
+    refused(extract(trained["none"][0], recordings, out, *options), table, "--cmvn none")
+    for content, word in [("84-121-0000 a\n", "1272-5-0000"), ("a b\nc d e\n", f"{table}:2")]:
+        table.write_text(content)
+        refused(extract(checkpoint, recordings, out, *options), word)
+    table.unlink()
+    refused(extract(checkpoint, recordings, out, *options), table)
+    assert not out.exists()
+
+
+def test_bad_audio_is_refused_before_anything_is_written(tmp_path, extract, recordings, trained):
+    checkpoint, out = trained["speaker"][0], tmp_path / "out"
+    whole = write_sound(tmp_path / "whole.wav", speech(0.5)).read_bytes()
+    spoil = {
+        "rate.flac": lambda path: write_sound(path, speech(0.5, rate=8000), 8000),
+        "short.wav": lambda path: write_sound(path, speech(0.5)[:399]),
+        "truncated.wav": lambda path: path.write_bytes(whole[:-9000]),
+    }
+    for name, write in spoil.items():
+        shutil.copytree(recordings, tmp_path / name)
+        bad = tmp_path / name / f"zz-{name}"  # the last: the others could have been written
+        write(bad)
+        for source in (tmp_path / name, bad):
+            refused(extract(checkpoint, source, out, "--audio"), bad)
+    write_model(tmp_path / "narrow.model", mel=40)
+    result = extract(tmp_path / "narrow.model", recordings, out, "--audio")
+    refused(result, "80 numbers", "reads 40")
+    assert not out.exists()
+
+
+def test_audio_in_many_processes(tmp_path, server, features, recordings, trained):
+    """As the script runs: a process a core, and workers for the loader; killed, and resumed."""
+    expected = features(trained["speaker"][0], recordings, "--audio")
+    options = ["--audio", "--load_data_workers", 2]
+    argv = [SCRIPT, *flags(trained["speaker"][0], recordings, tmp_path / "out", *options)]
+    killed = server.run(*argv, crash=("pt$", 3, "before"))
+    assert killed.returncode == -signal.SIGKILL
+    succeeded(server.run(*argv, "--resume"))
+    assert_equal(read(tmp_path / "out"), expected)
+
+
+def test_torchrun(tmp_path, server, features, recordings, trained):
+    """Started for real, with workers: these read audio that they have not inherited."""
+    options = ["--audio", "--format", "ark", "--batch_size", 4, "--load_data_workers", 1]
+    argv = flags(trained["speaker"][0], recordings, tmp_path / "out", *options)
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2", ROOT / SCRIPT]
+    succeeded(server.run(*torchrun, *argv))
+    assert_close(read(tmp_path / "out"), features(trained["speaker"][0], recordings, "--audio"))
+
+
+# How the training data were made ------------------------------------------------------------------
+
+FBANK = {"num_mel_bins": 80}
+AUDIO = {"source": "audio", "path": "a", "fbank": FBANK, "cmvn": "speaker", "max_seq_len": 30}
+KALDI = AUDIO | {"source": "kaldi", "fbank": None, "cmvn": "none"}
+
+
+def test_warning_of_other_data(tmp_path, extract, caplog):
+    rows = [
+        (AUDIO, AUDIO | {"cmvn": "utterance"}, {"cmvn"}),
+        (AUDIO, AUDIO | {"fbank": FBANK | {"window_type": "povey"}}, {"fbank"}),
+        (AUDIO, KALDI, {"source", "fbank", "cmvn"}),
+        (KALDI, AUDIO, {"source", "fbank", "cmvn"}),
+        (KALDI, KALDI | {"cmvn": "global"}, {"cmvn"}),
+        (AUDIO, AUDIO | {"path": "b", "version": "0.9.9", "max_seq_len": 99}, set()),
+        (AUDIO, None, set()),
+        (None, AUDIO, set()),
+        (None, None, set()),
+    ]
+    for trained, prepared, expected in rows:
+        caplog.clear()
+        warn_of_other_data(trained, SimpleNamespace(path="here", prepared=prepared))
+        named = [re.match(r"here: (\w+) is ", record.getMessage())[1] for record in caplog.records]
+        assert sorted(named) == sorted(expected)
+
+    write_model(tmp_path / "foo.model", [AUDIO, KALDI])
+    write_folder(tmp_path / "data", [5])
+    (tmp_path / "data" / "prepared.json").write_text(json.dumps(AUDIO | {"cmvn": "none"}))
+    (line,) = warnings_of(extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "out"))
+    assert "cmvn is none" in line and "speaker" in line
+    assert list(read(tmp_path / "out")) == ["utt-000"]

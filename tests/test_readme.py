@@ -1,33 +1,20 @@
-"""The README's examples: the Python ones run, and the commands' flags exist."""
+"""The README's examples: the Python ones run, the commands' flags exist, and so do the files."""
 
 import importlib
 import re
 import shlex
-from pathlib import Path
 
-import pytest
 import torch
+from processes import ROOT
 
 from apc_model import APCModel
-from checkpoint import write_json
-from utils import RNNConfig
+from utils import RNNConfig, write_json
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def commands():
-    """(script, its arguments) of every command of the README that runs one of the scripts."""
-    found = []
-    for block in blocks("bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            match = re.search(r"(?:python|torchrun .*?) ?(\w+)\.py\b(.*)", line)
-            if match and not line.startswith("#"):
-                found.append((match[1], match[2]))
-    return found
 
 
 def test_python_examples_run_in_order(tmp_path, monkeypatch):
@@ -45,18 +32,23 @@ def test_python_examples_run_in_order(tmp_path, monkeypatch):
     assert names["mixture"].shape == (2, 150, 16)
 
 
-def test_there_are_commands_to_check():
-    assert {script for script, _ in commands()} >= {
-        "prepare_data",
-        "train",
-        "extract_features",
-        "load_pretrained",
-    }
+def test_commands_parse():
+    scripts = set()
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            match = re.search(r"(?:python|torchrun .*?) ?(\w+)\.py\b(.*)", line)
+            if match and not line.startswith("#"):
+                scripts.add(match[1])
+                words = shlex.split(match[2], comments=True)
+                if words != ["..."]:
+                    parser = importlib.import_module(match[1]).build_parser()
+                    parser.parse_args([word for word in words if word != "..."])
+    assert scripts >= {"prepare_data", "train", "extract_features", "load_pretrained"}
 
 
-@pytest.mark.parametrize("script, arguments", commands())
-def test_commands_parse(script, arguments):
-    words = shlex.split(arguments, comments=True)
-    module = importlib.import_module(script)
-    if words != ["..."]:
-        module.build_parser().parse_args([word for word in words if word != "..."])
+def test_links_and_listed_files_exist():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    tree = README.partition("## Files")[2].partition("\n## ")[0]
+    listed = re.findall(r"^    ([\w./]+) +\S", tree, flags=re.MULTILINE)
+    assert len(links) > 2 and len(listed) > 8
+    assert [path for path in [*links, *listed] if not (ROOT / path).exists()] == []

@@ -1,594 +1,891 @@
-"""train.py run for real on tiny folders: what it writes, what it computes, what it refuses."""
+"""train.py run for real on tiny folders: what it computes, writes and refuses, and how it goes on.
+
+Every run is a process of its own, which really is killed, or really finds the disk full.
+"""
 
 import json
+import math
 import os
 import re
+import shutil
+import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_folder, run_forked, run_script
+from conftest import (
+    BATCHES,
+    EPOCHS,
+    FULL,
+    PLAIN,
+    SEQ_LEN,
+    STEPS,
+    TRAIN,
+    VALID,
+    D,
+    Hostile,
+    assert_close_losses,
+    epoch_losses,
+    last,
+    make_folder,
+    metrics,
+    models,
+    same,
+    until_step,
+)
+from processes import children, error_line, leave_room, snapshot, until
 from reference import OPTIMIZERS, PackedAPC, evaluate, frame_loss, padded_loss, train_epoch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-MEL, SEQ_LEN, HIDDEN = 20, 40, 16
-TRAIN_LENGTHS = [33, 12, 40, 25, 40, 18, 29, 37, 21, 15]
-SHORT = [2, 1]  # no frame to predict at the shifts that the tests use: left out
-VALID_LENGTHS = [28, 40, 13]
-EPOCH_LINE = r"Epoch: (\d+) Training Loss: (\d+\.\d{5}) Validation Loss: (\d+\.\d{5})"
-TAGS = (
-    "training loss (step-wise)",
-    "gradient norm",
-    "training loss (epoch-wise)",
-    "validation loss (epoch-wise)",
-)
+import train
+from load_pretrained import load_pretrained
 
-# Each case: the flags beyond COMMON, the reference model's arguments, and how it is trained.
-COMMON = [
-    *("--feature_dim", MEL, "--rnn_hidden_size", HIDDEN, "--device", "cpu"),
-    *("--load_data_workers", 0, "--seed", 7),
-]
-FOLLOW = {
-    "gru-residual-adam": dict(
-        flags="--rnn_num_layers 3 --rnn_residual --rnn_hidden_size 20 --time_shift 2"
-        " --batch_size 4 --learning_rate 0.003 --epochs 15",
-        model=dict(hidden=20, layers=3, residual=True),
-        training=dict(shift=2, clip=1.0, batch=4, optimizer="adam", lr=0.003),
-    ),
-    "prenet-residual-sgd-clipped": dict(
-        flags="--prenet_num_layers 2 --rnn_num_layers 2 --rnn_residual --time_shift 3"
-        " --batch_size 3 --optimizer sgd --learning_rate 0.5 --clip_thresh 0.05 --epochs 15"
-        " --no_bucketing --train_split part-a part-b --valid_split held-out",
-        model=dict(hidden=HIDDEN, layers=2, prenet_layers=2, residual=True),
-        training=dict(shift=3, clip=0.05, batch=3, optimizer="sgd", lr=0.5),
-    ),
-    "lstm-prenet-rmsprop-real-frames": dict(
-        flags="--rnn_type lstm --prenet_num_layers 1 --rnn_num_layers 2 --time_shift 2"
-        " --batch_size 4 --optimizer rmsprop --learning_rate 0.002 --epochs 15 --mask_padding",
-        model=dict(hidden=HIDDEN, layers=2, prenet_layers=1, rnn_type="lstm"),
-        training=dict(shift=2, clip=1.0, batch=4, optimizer="rmsprop", lr=0.002, kind=frame_loss),
-    ),
-    "one-batch-adadelta": dict(  # the original gives adadelta no rate: torch's default, 1.0
-        flags="--rnn_num_layers 1 --time_shift 5 --optimizer adadelta --epochs 15",
-        model=dict(hidden=HIDDEN, layers=1),
-        training=dict(shift=5, clip=1.0, batch=32, optimizer="adadelta", lr=1.0),
-    ),
-}
-follow_cases = pytest.mark.parametrize("case", FOLLOW)
+FULL_MODEL = dict(hidden=8, layers=2, prenet_layers=1, residual=True)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Folder of splits; dict of all training utterances' (tensor, length) and the same of valid."""
-    root = tmp_path_factory.mktemp("data")
-
-    def split(name, lengths, seed, **kw):
-        tensors, table = make_folder(root / name, lengths, MEL, SEQ_LEN, seed, **kw)
-        return {name: (tensors[name], table[name]) for name in tensors}
-
-    train = split("train-clean-360", TRAIN_LENGTHS + SHORT, seed=1)
-    valid = split("dev-clean", VALID_LENGTHS, seed=2)
-    split("part-a", TRAIN_LENGTHS[:4], seed=1)  # the same draws: the first utterances of train
-    later = split("part-b", TRAIN_LENGTHS[4:], seed=3, prefix="more")
-    split("held-out", VALID_LENGTHS, seed=2)
-    split("all-short", [2, 1, 2], seed=4)
-    split("wide", [20, 30], seed=5)
-    make_folder(root / "width-24", [20, 30], 24, SEQ_LEN)
-    return root, {**train, **later}, list(valid.values())
-
-
-@pytest.fixture(scope="module")
-def plain(data, tmp_path_factory):
-    """A run as users start it, relative paths and loader workers included; dropout on."""
-    work = tmp_path_factory.mktemp("plain")
-    os.symlink(data[0], work / "corpus")
-    return work, run_script("train.py", *plain_flags(), "--load_data_workers", 2, cwd=work)
-
-
-def plain_flags(seed=3, name="first.try", librispeech_path="corpus", store_path="runs/here"):
-    return [
-        *COMMON,
-        *("--prenet_num_layers", 1, "--prenet_dropout", 0.2),
-        *("--rnn_num_layers", 2, "--rnn_dropout", 0.3, "--rnn_residual"),
-        *("--time_shift", 3, "--batch_size", 4, "--epochs", 3, "--learning_rate", 0.001),
-        *("--seed", seed, "--experiment_name", name),
-        *("--librispeech_path", librispeech_path, "--store_path", store_path),
-    ]
-
-
-PLAIN_MODEL = dict(hidden=HIDDEN, layers=2, prenet_layers=1, residual=True)
-
-
-@pytest.fixture(scope="module")
-def followed(data, tmp_path_factory):
-    """The runs to be followed, each a process of its own: results, folders and what was fed."""
-    work = tmp_path_factory.mktemp("followed")
-    jobs = []
-    for name, case in FOLLOW.items():
-        paths = ["--librispeech_path", data[0], "--store_path", work, "--experiment_name", name]
-        jobs.append(([*COMMON, *case["flags"].split(), *paths], work / f"{name}.fed"))
-    results = run_forked("train.py", jobs, work / "jobs")
-    return {
-        name: (result, work / f"{name}.dir", work / f"{name}.fed")
-        for name, result in zip(FOLLOW, results)
-    }
-
-
-def weights(folder, epoch):
-    (file,) = folder.glob(f"*__epoch_{epoch}.model")
-    return torch.load(file, weights_only=True)
+def succeeded(process):
+    assert process.returncode == 0, process.stderr
+    return process
 
 
 def epoch_lines(text):
-    return [(int(k), float(a), float(b)) for k, a, b in re.findall(EPOCH_LINE, text)]
+    number = r"(\d+\.\d{5})"
+    line = rf"INFO - Epoch: (\d+) Training Loss: {number} Validation Loss: {number}\n"
+    return [(int(k), float(a), float(b)) for k, a, b in re.findall(line, text)]
 
 
-def log_files(folder):
-    """Every file directly in the run's folder that is a text with epoch lines."""
-    texts = [f.read_text(errors="replace") for f in folder.iterdir() if f.is_file()]
-    return [text for text in texts if re.search(EPOCH_LINE, text)]
+def tensorboard(path):
+    (log,) = path.glob("*.tb_log")
+    return EventAccumulator(str(log), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
-def tensorboard(folder):
-    (log,) = folder.glob("*.tb_log")
-    events = EventAccumulator(str(log), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    return events
-
-
-def scalars(folder):
-    events = tensorboard(folder)
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+def scalars(path):
+    """What TensorBoard shows: {tag: [(step, value)]}; without the speed, which never repeats."""
+    events = tensorboard(path)
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "frames per second"]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def stacked(utterances):
+    """[(frames, length)] -> a batch (B, SEQ_LEN, D), lengths."""
     return torch.stack([x for x, _ in utterances]), torch.tensor([n for _, n in utterances])
+
+
+def is_finite(value):
+    """Whether all floats and tensors within hold finite numbers."""
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(is_finite(item) for item in value.values())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def assert_same_run(path, reference):
+    """Weights and losses to the bit, each step and epoch once, and no other files."""
+    ours, theirs = models(path), models(reference)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in sorted(ours) if not same(ours[name], theirs[name])] == []
+    assert same(last(path)["model"], last(reference)["model"])
+    steps, epochs = metrics(path)
+    assert [entry["step"] for entry in steps] == list(range(STEPS))
+    assert [entry["epoch"] for entry in epochs] == list(range(1, EPOCHS + 1))
+    assert (steps, epochs) == metrics(reference)
+    names = [{file.name.replace(p.stem, "") for file in p.iterdir()} for p in (path, reference)]
+    assert names[0] == names[1]
+
+
+def assert_same_tensorboard(path, reference):
+    """Nothing missing, and no step twice. An epoch may be, when it is validated once more."""
+    ours, theirs = scalars(path), scalars(reference)
+    assert [step for step, _ in theirs["gradient norm"]] == list(range(STEPS))
+    for tag in ours:
+        if "(epoch-wise)" in tag:
+            ours[tag] = list(dict(ours[tag]).items())
+    assert ours == theirs
+
+
+# Fixtures -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(corpus, tmp_path_factory):
+    """A folder of splits, those of the corpus and others; and the utterances of two parts."""
+    root = tmp_path_factory.mktemp("folders")
+    for split in corpus.path.iterdir():
+        (root / split.name).symlink_to(split)
+    parts = {}
+    for name, lengths, seed in (("part-a", TRAIN[:8], 2), ("part-b", TRAIN[8:], 3)):
+        tensors, table = make_folder(root / name, lengths, D, SEQ_LEN, seed, prefix=name)
+        parts |= {utt: (tensors[utt], table[utt]) for utt in table}
+    make_folder(root / "all-short", [2, 1, 2], D, SEQ_LEN)
+    make_folder(root / "wide", [20, 30], D + 1, SEQ_LEN)
+    make_folder(root / "long", [20, 30], D, SEQ_LEN + 1)
+    return SimpleNamespace(path=root, parts=parts)
+
+
+@pytest.fixture(scope="module")
+def whole(server, corpus, tmp_path_factory):
+    """A run that nothing stops, with dropout and workers; started as users do, by relative paths.
+
+    Its folder as `path`, the process, its flags, and the folder that it was started in.
+    """
+    work = tmp_path_factory.mktemp("whole")
+    (work / "corpus").symlink_to(corpus.path)
+    flags = [*FULL, "--librispeech_path", "corpus", "--store_path", "runs/here"]
+    flags += ["--experiment_name", "first.try"]
+    process = server.run("train.py", *flags, cwd=work, record=work / "fed")
+    path = work / "runs/here/first.try.dir"
+    return SimpleNamespace(path=path, process=succeeded(process), flags=flags, work=work)
+
+
+@pytest.fixture(scope="module")
+def stopped(server, place):
+    """A run that --max_steps ended in the middle of its second epoch."""
+    flags, path = place("stopped")
+    process = server.run("train.py", *FULL, *flags, "--max_steps", 8)
+    return SimpleNamespace(path=path, process=succeeded(process))
+
+
+@pytest.fixture(scope="module")
+def copy(stopped, place, tmp_path_factory):
+    """copy() -> a copy of the stopped run: (flags that go on with it, folder)."""
+
+    def copy():
+        flags, path = place("stopped", store=tmp_path_factory.mktemp("copy"))
+        shutil.copytree(stopped.path, path)
+        return [*FULL, *flags, "--resume"], path
+
+    return copy
+
+
+# What a run computes ------------------------------------------------------------------------------
+
+# name: (flags, the reference model's arguments, and how it is trained)
+FOLLOW = {
+    "gru-residual-adam": (
+        "--rnn_num_layers 3 --learning_rate 0.01",
+        dict(hidden=8, layers=3, residual=True),
+        dict(shift=2, clip=1.0, batch=4, optimizer="adam", lr=0.01),
+    ),
+    "two-splits-prenet-sgd-clipped": (
+        "--prenet_num_layers 2 --rnn_hidden_size 12 --time_shift 3 --batch_size 3"
+        " --optimizer sgd --learning_rate 0.5 --clip_thresh 0.05"
+        " --no_bucketing --train_split part-a part-b",
+        dict(hidden=12, layers=2, prenet_layers=2, residual=True),
+        dict(shift=3, clip=0.05, batch=3, optimizer="sgd", lr=0.5),
+    ),
+    "lstm-rmsprop-real-frames": (
+        "--rnn_type lstm --prenet_num_layers 1 --optimizer rmsprop --mask_padding",
+        dict(hidden=8, layers=2, prenet_layers=1, residual=True, rnn_type="lstm"),
+        dict(shift=2, clip=1.0, batch=4, optimizer="rmsprop", lr=0.01, kind=frame_loss),
+    ),
+    "one-batch-adadelta": (  # the original gives adadelta no rate: torch's default, 1.0
+        "--rnn_num_layers 1 --rnn_hidden_size 16 --time_shift 5 --batch_size 32"
+        " --optimizer adadelta",
+        dict(hidden=16, layers=1, residual=True),
+        dict(shift=5, clip=1.0, batch=32, optimizer="adadelta", lr=1.0),
+    ),
+    "adagrad": (
+        "--optimizer adagrad --learning_rate 0.05",
+        dict(hidden=8, layers=2, residual=True),
+        dict(shift=2, clip=1.0, batch=4, optimizer="adagrad", lr=0.05),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def followed(server, place, folders, tmp_path_factory):
+    """{name: process}, and the folder of what each was fed."""
+    fed, jobs = tmp_path_factory.mktemp("fed"), {}
+    for name, (flags, _, _) in FOLLOW.items():
+        flags = ["--librispeech_path", folders.path, "--epochs", 15, *flags.split()]
+        jobs[name] = [*PLAIN, *place(name)[0], *flags]
+    return server.run_all("train.py", jobs, record=fed), fed
 
 
 def batches_fed(file, utterances, shift):
     """The training batches of a run from what its model was fed, whole and padded, by epoch.
 
     Utterances are recognised by their frames, so the order that the run drew does not matter,
-    but every usable utterance must come exactly once an epoch.
+    but each must come exactly once an epoch.
     """
-    usable = {name: (x, n) for name, (x, n) in utterances.items() if n > shift}
-    epochs, seen = [[]], []
+    epochs, names = [[]], []
     for training, inputs, lengths in torch.load(file, weights_only=True):
         if not training:
             continue
-        if len(seen) == len(usable):
+        if len(names) == len(utterances):
             epochs.append([])
-            seen = []
-        names = []
+            names = []
         for frames, length in zip(inputs, lengths.tolist()):
-            (name,) = (
+            names += [
                 name
-                for name, (x, n) in usable.items()
+                for name, (x, n) in utterances.items()
                 if n == length + shift and torch.equal(frames[:length], x[:length])
-            )
-            names.append(name)
-        seen += names
-        assert len(set(seen)) == len(seen), "an utterance came twice in an epoch"
-        epochs[-1].append(stacked([usable[name] for name in names]))
-    assert len(seen) == len(usable), "utterances are missing from an epoch"
+            ]
+        assert len(set(names)) == len(names), "an utterance came twice in an epoch"
+        epochs[-1].append(stacked([utterances[name] for name in names[-len(lengths) :]]))
+    assert len(names) == len(utterances), "utterances are missing from an epoch"
     return epochs
 
 
-def corpus_of(case, utterances):
-    """The training utterances of a followed run."""
-    if "part-a" in case["flags"]:
-        first = sorted(n for n in utterances if n.startswith("utt"))[:4]
-        return {n: u for n, u in utterances.items() if n in first or n.startswith("more")}
-    return {n: u for n, u in utterances.items() if n.startswith("utt")}
-
-
-# What a run computes
-
-
-@follow_cases
-def test_epoch_losses_follow_the_originals(case, followed, data):
+@pytest.mark.parametrize("name", FOLLOW)
+def test_losses_follow_the_originals(name, followed, place, corpus, folders):
     """From a run's own initial weights and batches the packed, padded loop gives its losses."""
-    result, folder, fed = followed[case]
-    assert result.returncode == 0, result.stderr
-    case = FOLLOW[case]
-    options = dict(case["training"])
-    batch, name, lr = (options.pop(key) for key in ("batch", "optimizer", "lr"))
+    process, path = succeeded(followed[0][name]), place(name)[1]
+    flags, model, training = FOLLOW[name]
+    options = dict(training)
+    batch, optimizer, lr = (options.pop(key) for key in ("batch", "optimizer", "lr"))
     shift, kind = options["shift"], options.get("kind", padded_loss)
 
-    utterances = corpus_of(case, data[1])
-    epochs = batches_fed(fed, utterances, shift)
+    utterances = folders.parts if "part-a" in flags else corpus.train
+    epochs = batches_fed(followed[1] / f"{name}.fed", utterances, shift)
     assert len(epochs) == 15
-    usable = sum(n > shift for _, n in utterances.values())
     for batches in epochs:
         sizes = sorted((len(lengths) for _, lengths in batches), reverse=True)
-        assert sizes == [batch] * (usable // batch) + [usable % batch] * (usable % batch > 0)
+        assert sizes == [batch] * (21 // batch) + [21 % batch] * (21 % batch > 0)
+    # Shuffled anew: without buckets no two epochs are alike; buckets at least change places.
+    orders = {str([x[:, 0, 0] for x, _ in batches]) for batches in epochs}
+    assert len(orders) == 15 if "--no_bucketing" in flags else len(orders) > 3 or batch > 21
 
-    model = PackedAPC(MEL, **case["model"])
-    model.load_state_dict(weights(folder, 0), strict=True)
-    optimizer = OPTIMIZERS[name](model.parameters(), lr=lr)
-    trained, validated, step_losses, norms = [], [], [], []
+    reference = PackedAPC(D, **model)
+    reference.load_state_dict(models(path)["epoch_0"], strict=True)
+    optimizer = OPTIMIZERS[optimizer](reference.parameters(), lr=lr)
+    expected = {"train": [], "valid": [], "padded": [], "real": [], "steps": [], "norms": []}
+    valid = [stacked(corpus.valid.values())]
     for batches in epochs:
-        loss, step_loss, norm = train_epoch(model, optimizer, batches, **options)
-        trained.append(loss)
-        step_losses += step_loss
-        norms += norm
-        validated.append(evaluate(model, [stacked(data[2])], shift, kind))
-    if options["clip"] < 1:
-        assert min(norms) > options["clip"], "the test has lost its point: nothing was clipped"
+        loss, steps, norms = train_epoch(reference, optimizer, batches, **options)
+        expected["train"].append(loss)
+        expected["steps"] += steps
+        expected["norms"] += norms
+        expected["valid"].append(evaluate(reference, valid, shift, kind))
+        expected["padded"].append(evaluate(reference, valid, shift, padded_loss))
+        expected["real"].append(evaluate(reference, valid, shift, frame_loss))
+    assert expected["train"][-1] < 0.97 * expected["train"][0], "nothing was learnt"
+    assert options["clip"] == 1 or min(expected["norms"]) > options["clip"], "nothing was clipped"
 
-    got = scalars(folder)
-    assert got["training loss (epoch-wise)"] == pytest.approx(trained, rel=5e-4)
-    assert got["validation loss (epoch-wise)"] == pytest.approx(validated, rel=5e-4)
-    assert got["training loss (step-wise)"] == pytest.approx(step_losses, rel=1e-3)
-    assert got["gradient norm"] == pytest.approx(norms, rel=2e-2)
-    assert trained[-1] < 0.97 * trained[0], "the test has lost its point: nothing was learnt"
-    lines = epoch_lines(result.stdout + result.stderr)
-    assert [k for k, _, _ in lines] == list(range(1, 16))
-    assert [a for _, a, _ in lines] == pytest.approx(trained, rel=5e-4, abs=1e-5)
-    assert [b for _, _, b in lines] == pytest.approx(validated, rel=5e-4, abs=1e-5)
-
-
-@follow_cases
-def test_both_kinds_of_loss_are_shown(case, followed, data):
-    """Whichever loss is trained, TensorBoard has padded and per-frame validation losses."""
-    _, folder, _ = followed[case]
-    case = FOLLOW[case]
-    model = PackedAPC(MEL, **case["model"])
-    model.load_state_dict(weights(folder, 15))
-    last = [values[-1] for tag, values in scalars(folder).items() if "loss" in tag.lower()]
-    for kind in (padded_loss, frame_loss):
-        expected = evaluate(model, [stacked(data[2])], case["training"]["shift"], kind)
-        assert any(value == pytest.approx(expected, rel=1e-4) for value in last)
+    shown = {tag: [value for _, value in pairs] for tag, pairs in scalars(path).items()}
+    assert shown["training loss (epoch-wise)"] == pytest.approx(expected["train"], rel=5e-4)
+    assert shown["validation loss (epoch-wise)"] == pytest.approx(expected["valid"], rel=5e-4)
+    # Whichever loss is trained, both kinds are shown.
+    for tag, loss in (("with padding", "padded"), ("per real frame", "real")):
+        tag = f"validation loss {tag} (epoch-wise)"
+        assert shown[tag] == pytest.approx(expected[loss], rel=5e-4)
+    assert shown["training loss (step-wise)"] == pytest.approx(expected["steps"], rel=1e-3)
+    assert shown["gradient norm"] == pytest.approx(expected["norms"], rel=2e-2)
+    lines = zip(range(1, 16), expected["train"], expected["valid"])
+    for line, truth in zip(epoch_lines(process.stderr), lines, strict=True):
+        assert line == pytest.approx(truth, rel=5e-4, abs=1e-5)
 
 
-def test_validation_is_without_dropout(plain, data):
+def test_validation_is_without_dropout(whole, corpus):
     """Each epoch's validation loss is that of its saved model in eval mode."""
-    work, result = plain
-    model = PackedAPC(MEL, **PLAIN_MODEL)
-    lines = epoch_lines(result.stdout + result.stderr)
-    assert len(lines) == 3
-    for epoch, _, loss in lines:
-        model.load_state_dict(weights(work / "runs/here/first.try.dir", epoch))
-        assert loss == pytest.approx(evaluate(model, [stacked(data[2])], 3), rel=1e-4)
+    model = PackedAPC(D, **FULL_MODEL)
+    valid = [stacked(corpus.valid.values())]
+    for epoch, (_, loss) in enumerate(epoch_losses(whole.path), start=1):
+        model.load_state_dict(models(whole.path)[f"epoch_{epoch}"])
+        assert loss == pytest.approx(evaluate(model, valid, 2), rel=1e-4)
+
+
+def test_another_seed_gives_other_weights_and_another_order(server, place, whole, tmp_path):
+    """The same seed gives the same, bit by bit: see the runs that are resumed."""
+    flags, path = place("seed")
+    flags += ["--seed", 1, "--epochs", 1]
+    succeeded(server.run("train.py", *FULL, *flags, record=tmp_path / "fed"))
+    ours, theirs = models(path)["epoch_0"], models(whole.path)["epoch_0"]
+    assert not any(torch.equal(ours[name], theirs[name]) for name in ours)
+    fed = [torch.load(p / "fed", weights_only=True) for p in (tmp_path, whole.work)]
+    ours, theirs = ([n.tolist() for _, _, n in batches[:BATCHES]] for batches in fed)
+    assert ours != theirs
 
 
 @pytest.fixture(scope="module")
-def repeated(data, plain, tmp_path_factory):
-    """Folders of the plain run's repetition, without loader workers, and of one by another seed."""
-    work = tmp_path_factory.mktemp("repeated")
-    where = dict(librispeech_path=data[0], store_path=work)
-    jobs = [
-        (plain_flags(**where, name="again"), work / "again.fed"),
-        (plain_flags(**where, name="other", seed=4), work / "other.fed"),
-    ]
-    results = run_forked("train.py", jobs, work / "jobs")
-    assert [r.returncode for r in results] == [0, 0], results[0].stderr + results[1].stderr
-    return plain[0] / "runs/here/first.try.dir", work / "again.dir", work / "other.dir"
+def variants(server, place):
+    jobs = {"bf16": ["--precision", "bf16"], "fp16": ["--precision", "fp16"]}
+    for parts in (1, 4):
+        flags = ["--batch_size", 6, "--epochs", 1, "--accumulate_steps", parts]
+        jobs |= {f"padded-{parts}": flags, f"masked-{parts}": [*flags, "--mask_padding"]}
+    jobs = {name: [*PLAIN, *place(name)[0], *flags] for name, flags in jobs.items()}
+    return server.run_all("train.py", jobs)
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_a_seed_fixes_the_weights_bit_by_bit(repeated, epoch):
-    """With dropout on, and whether workers load the data or not."""
-    first, again, _ = (weights(folder, epoch) for folder in repeated)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+@pytest.mark.parametrize("kind", ["padded", "masked"])
+def test_accumulated_batches_equal_whole_ones(variants, place, kind):
+    """Batches of 6 and 3, whose parts differ in frames."""
+    names = (f"{kind}-1", f"{kind}-4")
+    paths = [place(name)[1] for name in names if succeeded(variants[name])]
+    whole, parts = (models(path)["epoch_1"] for path in paths)
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], atol=1e-5, rtol=0)
+    assert_close_losses(*paths, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_another_seed_gives_other_weights(repeated, epoch):
-    first, _, other = (weights(folder, epoch) for folder in repeated)
-    assert not any(torch.equal(first[name], other[name]) for name in first)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_a_cpu(variants, place, one, precision):
+    """Close to single precision, and yet not the same; the weights stay in single precision."""
+    succeeded(variants[precision])
+    path = place(precision)[1]
+    assert_close_losses(path, one["padded"], tolerance=0.03)
+    assert epoch_losses(path) != epoch_losses(one["padded"])
+    assert {weight.dtype for weight in last(path)["model"].values()} == {torch.float32}
 
 
-def orders(file, utterances, shift):
-    """The order of an epoch's utterances, told by their first frames, for each epoch of a run."""
-    epochs = batches_fed(file, utterances, shift)
-    return [tuple(batch[:, 0, 0].tolist() for batch, _ in batches) for batches in epochs]
+# What a run writes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in FOLLOW if "one-batch" not in case])
-def test_the_data_is_shuffled_anew_each_epoch(case, followed, data):
-    """Without buckets no two epochs are alike; with buckets the few batches change places."""
-    flags, shift = FOLLOW[case]["flags"], FOLLOW[case]["training"]["shift"]
-    epochs = [str(o) for o in orders(followed[case][2], corpus_of(FOLLOW[case], data[1]), shift)]
-    assert len(set(epochs)) == 15 if "--no_bucketing" in flags else len(set(epochs)) > 3
-
-
-def test_the_seed_orders_the_data(repeated, data):
-    utterances = {n: u for n, u in data[1].items() if n.startswith("utt")}
-    again, other = (orders(f.with_suffix(".fed"), utterances, 3) for f in repeated[1:])
-    assert again != other
-
-
-# What a run writes
-
-
-def test_checkpoints_are_bare_state_dicts(plain):
-    work, result = plain
-    assert result.returncode == 0, result.stderr
-    folder = work / "runs/here/first.try.dir"
-    assert sorted(f.name for f in folder.glob("*.model")) == [
-        f"first.try__epoch_{k}.model" for k in range(4)
-    ]
-    expected = PackedAPC(MEL, **PLAIN_MODEL).state_dict()
-    for k in range(4):
-        state = weights(folder, k)
+def test_checkpoints_are_bare_state_dicts(whole):
+    names = sorted(file.name for file in whole.path.glob("*.model"))
+    assert names == [f"first.try__epoch_{k}.model" for k in range(EPOCHS + 1)]
+    expected = PackedAPC(D, **FULL_MODEL).state_dict()
+    for state in models(whole.path).values():
         assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in expected.items()}
         assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in state.values())
-    assert not torch.equal(weights(folder, 0)["rnns.0.bias_hh_l0"], state["rnns.0.bias_hh_l0"])
 
 
-def test_epoch_lines_stand_in_the_log_and_on_the_console(plain):
-    work, result = plain
-    console = epoch_lines(result.stdout + result.stderr)
-    assert [k for k, _, _ in console] == [1, 2, 3]
-    logs = log_files(work / "runs/here/first.try.dir")
-    assert len(logs) == 1 and epoch_lines(logs[0]) == console
+def test_last_checkpoint_is_a_model(whole):
+    model = load_pretrained(str(whole.path / "last.ckpt"))
+    assert same(model.state_dict(), models(whole.path)[f"epoch_{EPOCHS}"])
+    assert model.rnn_residual
+    assert model.prenet is not None
 
 
-def test_tensorboard_has_the_originals_scalars(plain):
-    work, result = plain
-    folder = work / "runs/here/first.try.dir"
-    assert (folder / "first.try.tb_log").is_dir()
-    got = scalars(folder)
-    assert set(TAGS) <= set(got)
-    steps, epochs = 3 * 3, 3  # ten usable utterances, four a batch
-    assert [len(got[tag]) for tag in TAGS] == [steps, steps, epochs, epochs]
-    lines = epoch_lines(result.stdout + result.stderr)
-    assert got[TAGS[2]] == pytest.approx([a for _, a, _ in lines], abs=1e-5)
-    assert got[TAGS[3]] == pytest.approx([b for _, _, b in lines], abs=1e-5)
-    for tag in TAGS:
-        order = [event.step for event in tensorboard(folder).Scalars(tag)]
-        assert order == list(range(order[0], order[0] + len(order)))
+def test_epoch_lines_stand_in_the_log_and_on_the_console(whole):
+    console = epoch_lines(whole.process.stderr)
+    assert [k for k, _, _ in console] == list(range(1, EPOCHS + 1))
+    assert epoch_lines((whole.path / "first.try").read_text()) == console
 
 
-def test_tensorboard_has_the_new_entries(plain):
-    work, _ = plain
-    folder = work / "runs/here/first.try.dir"
-    got, events = scalars(folder), tensorboard(folder)
-    (rate,) = (values for tag, values in got.items() if "learning rate" in tag.lower())
-    assert rate == pytest.approx([0.001] * len(rate))
-    (speed,) = (values for tag, values in got.items() if re.search("(?i)frames.*sec|frames/s", tag))
-    assert all(value > 0 for value in speed)
-    images = [image for tag in events.Tags()["images"] for image in events.Images(tag)]
-    assert images and all(i.encoded_image_string.startswith(b"\x89PNG") for i in images)
+def test_tensorboard_and_metrics_agree(whole):
+    """Both have the original's scalars, one a step or an epoch, and some more."""
+    shown, (steps, epochs) = scalars(whole.path), metrics(whole.path)
+    for lines, tags in (
+        (steps, ["training loss (step-wise)", "gradient norm", "learning rate"]),
+        (epochs, ["training loss (epoch-wise)", "validation loss (epoch-wise)"]),
+    ):
+        for tag in tags:
+            key = tag.split(" (")[0].replace(" ", "_")
+            assert [step for step, _ in shown[tag]] == list(range(len(lines)))
+            expected = [line[key] for line in lines]
+            assert [value for _, value in shown[tag]] == pytest.approx(expected)
+    assert {line["learning_rate"] for line in steps} == {0.01}
+    events = tensorboard(whole.path)
+    assert all(event.value > 0 for event in events.Scalars("frames per second"))
+    (tag,) = events.Tags()["images"]
+    images = events.Images(tag)
+    assert [image.step for image in images] == list(range(EPOCHS))
+    assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in images)
 
 
-def test_config_records_every_flag(plain):
-    work, _ = plain
-    config = json.loads((work / "runs/here/first.try.dir/config.json").read_text())
-    flat = dict(config)
-    for value in config.values():
-        flat.update(value if isinstance(value, dict) else {})
-    text = run_script("train.py", "--help").stdout
-    flags = set(re.findall(r"--(\w+)", text)) - {"help"}
-    assert len(flags) > 20
-    missing = {f for f in flags if f not in flat and f.removeprefix("no_") not in flat}
-    assert not missing
-    expected = {
-        "prenet_num_layers": 1,
-        "prenet_dropout": 0.2,
-        "rnn_num_layers": 2,
-        "rnn_hidden_size": HIDDEN,
-        "rnn_dropout": 0.3,
-        "rnn_residual": True,
-        "rnn_type": "gru",
-        "optimizer": "adam",
-        "learning_rate": 0.001,
-        "time_shift": 3,
-        "feature_dim": MEL,
-        "seed": 3,
-        "mask_padding": False,
-        "experiment_name": "first.try",
-    }
-    assert {name: flat[name] for name in expected} == expected
-
-
-def test_it_says_beforehand_what_it_is_about_to_do(plain):
-    _, result = plain
-    before = (result.stdout + result.stderr).split("Epoch: 1 ")[0].replace(",", "")
-    parameters = sum(p.numel() for p in PackedAPC(MEL, **PLAIN_MODEL).parameters())
-    frames = sum(TRAIN_LENGTHS)
-    for word in (parameters, frames, "utterances", "frames", "h(ours)?", "parameters", "cpu"):
-        assert re.search(rf"\b{word}\b", before), f"{word} is not in:\n{before}"
-
-
-def test_short_utterances_are_counted_in_one_warning(plain):
-    """Two of the training folder's have no frame to predict; the validation folder has none."""
-    _, result = plain
-    lines = [x for x in (result.stdout + result.stderr).splitlines() if re.search("(?i)warn", x)]
-    assert len(lines) == 1 and re.search(r"\b2\b", lines[0]), lines
-
-
-def test_help_has_groups_and_the_papers_defaults():
-    result = run_script("train.py", "--help")
-    assert result.returncode == 0
+def test_help_and_config_have_every_flag(server, whole):
+    text = server.run("train.py", "--help").stdout
     defaults = {
-        "prenet_num_layers": "0",
-        "prenet_dropout": "0.0",
-        "rnn_num_layers": "3",
-        "rnn_hidden_size": "512",
-        "rnn_dropout": "0.0",
-        "optimizer": "adam",
-        "batch_size": "32",
-        "learning_rate": "0.0001",
-        "epochs": "100",
-        "time_shift": "1",
-        "clip_thresh": "1.0",
-        "feature_dim": "80",
-        "load_data_workers": "2",
-        "experiment_name": "foo",
-        "store_path": "./logs",
-        "librispeech_path": "./librispeech_data/preprocessed",
-        "rnn_type": "gru",
-        "valid_split": "dev-clean",
-        "device": "auto",
+        **{"prenet_num_layers": 0, "prenet_dropout": 0.0, "rnn_num_layers": 3},
+        **{"rnn_hidden_size": 512, "rnn_dropout": 0.0, "rnn_type": "gru", "optimizer": "adam"},
+        **{"batch_size": 32, "learning_rate": 0.0001, "epochs": 100, "time_shift": 1},
+        **{"clip_thresh": 1.0, "feature_dim": 80, "load_data_workers": 2, "device": "auto"},
+        **{"experiment_name": "foo", "store_path": "./logs", "valid_split": "dev-clean"},
+        **{"librispeech_path": "./librispeech_data/preprocessed", "seed": 0},
     }
-    descriptions = re.split(r"\n  (?=-)", result.stdout)
-    for flag, default in defaults.items():
-        (text,) = (d for d in descriptions if re.match(rf"--{flag}\b", d))
-        text = re.sub(r"\s+", " ", text)
-        assert f"(default: {default})" in text, text
-    (splits,) = (d for d in descriptions if d.startswith("--train_split"))
-    assert "train-clean-360" in splits
-    for flag in ("rnn_residual", "mask_padding", "no_bucketing", "seed", "init_checkpoint"):
-        assert any(d.startswith(f"--{flag}") for d in descriptions)
-    assert len(re.findall(r"(?m)^[a-z].*:$", result.stdout)) >= 3  # headings
+    descriptions = {}
+    for description in re.split(r"\n  (?=--)", text)[1:]:
+        flag, description = re.match(r"--(\w+)(.*)", description, re.DOTALL).groups()
+        descriptions[flag] = " ".join(description.split())
+    for flag, default in defaults.items():  # the paper's
+        assert f"(default: {default})" in descriptions[flag], flag
+    config = json.loads((whole.path / "config.json").read_text())
+    assert set(config) == {*descriptions, "data", "version"}
+    assert config["rnn_residual"] is True and config["mask_padding"] is False
+    assert (config["rnn_dropout"], config["time_shift"]) == (0.3, 2)
+    assert config["experiment_name"] == "first.try"
 
 
-# What it starts from, and what it refuses
+def test_it_says_beforehand_what_it_is_about_to_do(whole):
+    before = whole.process.stderr.split("Epoch: 1 ")[0].replace(",", "")
+    parameters = sum(p.numel() for p in PackedAPC(D, **FULL_MODEL).parameters())
+    for words in (
+        *(f"{len(TRAIN)} utterances", f"{sum(TRAIN)} frames", "hours", f"{len(VALID)} utterances"),
+        *(f"parameters {parameters}", "cpu", "fp32", "L1", "padding included"),
+    ):
+        assert words in before, f"{words} is not in:\n{before}"
+    warnings = [line for line in before.splitlines() if "WARNING" in line]
+    assert len(warnings) == 1 and re.search(r"\b2 of 23 utterances", warnings[0]), warnings
 
-OTHER_MODELS = {  # what differs from two GRU layers of HIDDEN units on MEL, and must be said
-    "hidden": (dict(mel_dim=MEL, hidden=24, layers=2), ("24", str(HIDDEN))),
-    "layers": (dict(mel_dim=MEL, hidden=HIDDEN, layers=3), ("3", "2", "layer")),
-    "lstm": (dict(mel_dim=MEL, hidden=HIDDEN, layers=2, rnn_type="lstm"), ("lstm", "gru")),
-    "prenet": (dict(mel_dim=MEL, hidden=HIDDEN, layers=2, prenet_layers=1), ("prenet",)),
-    "width": (dict(mel_dim=24, hidden=HIDDEN, layers=2), ("24", str(MEL))),
+
+# What a run starts from, and what it refuses ------------------------------------------------------
+
+MISFITS = {  # models that are not of PLAIN's shape
+    "hidden": (dict(hidden=12, layers=2), "--rnn_hidden_size is 8, but the file's is 12"),
+    "layers": (dict(hidden=8, layers=3), "--rnn_num_layers is 2, but the file's is 3"),
+    "lstm": (
+        dict(hidden=8, layers=2, rnn_type="lstm"),
+        "--rnn_type is gru, but the file's is lstm",
+    ),
+    "prenet": (
+        dict(hidden=8, layers=2, prenet_layers=1),
+        "prenet_num_layers is 0, but the file's is 1",
+    ),
+    "width": (dict(mel_dim=7, hidden=8, layers=2), "--feature_dim is 8, but the file's is 7"),
+}
+REFUSED = {  # name: (flags, words of the error)
+    **{f"misfit-{name}": (f"--init_checkpoint {{}}/{name}", MISFITS[name][1]) for name in MISFITS},
+    "init-text": ("--init_checkpoint {}/text", "text: not a file of plain tensors"),
+    "init-hostile": ("--init_checkpoint {}/hostile", "open, which is not plain data"),
+    "init-nan": ("--init_checkpoint {}/nan", "nan: the weights are not finite"),
+    "init-nowhere": ("--init_checkpoint {}/nowhere", "No such file or directory: '{}/nowhere'"),
+    "width": ("--feature_dim 9", "have 8 numbers, but --feature_dim is 9"),
+    "width-of-valid": ("--valid_split wide", "wide: its frames have 9 numbers"),
+    "length": ("--train_split train-clean-360 long", "differ in max_seq_len"),
+    "no-split": ("--train_split train-clean-360 nowhere", "nowhere: no such folder"),
+    "short": ("--train_split all-short", "none of the 3 utterances is longer than the time shift"),
+}
+WRONG_FLAGS = ["--seed 18446744073709551616", "--rnn_dropout 1", "--learning_rate nan"]
+WRONG_FLAGS += ["--clip_thresh 0", "--batch_size 0", "--device tpu", "--max_steps 1.5"]
+WRONG_FLAGS += [f"--experiment_name {name}" for name in ("..", "a/b", "last.ckpt")]
+
+
+@pytest.fixture(scope="module")
+def attempts(server, place, folders, whole, tmp_path_factory):
+    """Runs that start from given weights, and runs to be refused: {name: process}, the weights."""
+    here = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(11)
+    fitting = PackedAPC(D, 8, 2).state_dict()
+    torch.save(fitting, here / "fitting")
+    torch.save({f"module.{k}": v for k, v in fitting.items()}, here / "parallel")
+    torch.save({k: v * math.nan for k, v in fitting.items()}, here / "nan")
+    torch.save({"model": Hostile(here / "marker")}, here / "hostile")
+    for name, (shape, _) in MISFITS.items():
+        torch.save(PackedAPC(**{"mel_dim": D, **shape}).state_dict(), here / name)
+    (here / "text").write_text("no checkpoint\n")
+    shutil.copy(whole.path / f"first.try__epoch_{EPOCHS}.model", here / "run")
+    jobs = {
+        **{name: flags for name, (flags, _) in REFUSED.items()},
+        **{name: f"--init_checkpoint {{}}/{name}" for name in ("fitting", "parallel")},
+        "run": "--init_checkpoint {}/run --prenet_num_layers 1",
+    }
+    for name, flags in jobs.items():
+        paths = [*place(name)[0], "--librispeech_path", folders.path, "--epochs", 1]
+        jobs[name] = [*PLAIN, *paths, *flags.format(here).split()]
+    return server.run_all("train.py", jobs), here
+
+
+@pytest.mark.parametrize("name", ["fitting", "parallel", "run"])
+def test_init_checkpoint_gives_the_initial_weights(attempts, place, name):
+    """Of bare weights that say nothing of residual connections: the flags define the model."""
+    processes, here = attempts
+    succeeded(processes[name])
+    given = torch.load(here / name.replace("parallel", "fitting"), weights_only=True)
+    found = models(place(name)[1])
+    assert same(found["epoch_0"], given)
+    assert not any(torch.equal(found["epoch_1"][k], given[k]) for k in given)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused(attempts, place, name):
+    """And leaves the name free: else the mended command would be refused, too."""
+    processes, here = attempts
+    assert REFUSED[name][1].format(here) in error_line(processes[name], "train.py")
+    assert not place(name)[1].exists()
+    assert not (here / "marker").exists()  # of the hostile file
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_wrong_flags_are_refused(call_main, flags):
+    line = error_line(call_main(train, *flags.split()), "train.py", status=2)
+    assert flags.split()[0] in line
+
+
+def test_an_existing_run_is_left_alone(server, whole):
+    before = snapshot(whole.path)
+    process = server.run("train.py", *whole.flags, cwd=whole.work)
+    line = error_line(process, "train.py")
+    assert "first.try" in line and "--resume" in line
+    assert process.stderr == line + "\n"
+    assert snapshot(whole.path) == before
+
+
+# Killed -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed(server, place):
+    """A run that is killed again and again, and gone on with every time."""
+    flags, path = place("killed")
+    flags = [*FULL, *flags, "--resume"]
+
+    def crash(*where, save_steps):
+        process = server.run("train.py", *flags, "--save_steps", save_steps, crash=where)
+        assert process.returncode == -signal.SIGKILL, (where, process.stderr)
+
+    def kill(send, step, save_steps):
+        process = server.start("train.py", *flags, "--save_steps", save_steps)
+        until_step(step, process, path)
+        send(process.pid, signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL, process.stderr
+
+    crash("config.json", 1, "before", save_steps=1)  # the folder is new
+    crash("last.ckpt$", 1, "before", save_steps=1)  # there is a model, and no checkpoint
+    crash("last.ckpt$", 2, "before", save_steps=3)  # nothing but the start is saved
+    kill(os.kill, 4, save_steps=3)  # in an epoch
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 1, "st')
+    crash("metrics.jsonl$", 1, "after", save_steps=1000)  # when it has been cut back
+    crash("__epoch_2.model", 1, "after", save_steps=2)  # between two epochs
+    crash("last.ckpt$", 2, "before", save_steps=2)  # when it is written, but has no name yet
+    kill(os.killpg, 17, save_steps=1)
+    succeeded(server.run("train.py", *flags, "--load_data_workers", 1))
+    return path
+
+
+def test_killed_run_equals_an_uninterrupted_one(killed, whole):
+    assert_same_run(killed, whole.path)
+
+
+def test_killed_run_in_tensorboard(killed, whole):
+    assert_same_tensorboard(killed, whole.path)
+
+
+def test_killed_worker_ends_the_run_with_one_line(server, place):
+    flags, path = place("workers")
+    process = server.start("train.py", *FULL, *flags, "--epochs", 1000)
+    until_step(8, process, path)  # by now the last one to be started is of the validation
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    assert "loads data" in error_line(process.wait(), "train.py")
+
+
+def test_unreadable_utterance_ends_the_run_with_one_line(server, place, corpus, tmp_path):
+    """Read by a worker, whose error must not be lost, nor leave the run waiting."""
+    shutil.copytree(corpus.path, tmp_path / "data")
+    torch.save(torch.zeros(3, D), tmp_path / "data/train-clean-360/utt-005.pt")
+    flags, _ = place("unreadable")
+    process = server.run("train.py", *FULL, *flags, "--librispeech_path", tmp_path / "data")
+    assert "utt-005.pt: expected a tensor of shape (30, 8)" in error_line(process, "train.py")
+
+
+# Signals ------------------------------------------------------------------------------------------
+
+SIGNALS = {  # name: (signal, workers, how it is sent)
+    "sigterm": (signal.SIGTERM, 2, os.kill),
+    "sigterm-to-all": (signal.SIGTERM, 2, os.killpg),
+    "sigint-to-all": (signal.SIGINT, 2, os.killpg),
+    "sigusr1-no-workers": (signal.SIGUSR1, 0, os.kill),
 }
 
 
-class Hostile:
-    """Pickled, this writes a file when it is loaded by a careless reader."""
+@pytest.fixture(scope="module")
+def signalled(server, place):
+    """A run that gets one signal after the other: its folder, and what was there after each."""
+    flags, path = place("signalled")
+    flags, found = [*FULL, *flags, "--resume"], {}
+    for count, (name, (number, workers, send)) in enumerate(SIGNALS.items()):
+        process = server.start("train.py", *flags, "--load_data_workers", workers)
+        until_step(1 + 5 * count, process, path)
+        for _ in range(2):  # as from torchrun, which hands on what all have got
+            send(process.pid, number)
+        found[name] = process.wait(), last(path)["state"]["step"], len(metrics(path)[0])
+    succeeded(server.run("train.py", *flags))
+    return path, found
 
-    def __init__(self, marker):
-        self.marker = str(marker)
 
-    def __reduce__(self):
-        return open, (self.marker, "w")
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signal_saves_and_ends_with_its_status(signalled, name):
+    process, saved, logged = signalled[1][name]
+    assert process.returncode == 128 + SIGNALS[name][0], process.stderr
+    assert "Traceback" not in process.stderr
+    assert SIGNALS[name][0].name in process.stderr
+    assert saved == logged < STEPS, "the step that ended was not saved"
+
+
+def test_signalled_run_equals_an_uninterrupted_one(signalled, whole):
+    assert_same_run(signalled[0], whole.path)
+    assert_same_tensorboard(signalled[0], whole.path)
+
+
+@pytest.mark.parametrize("pause", [0, 0.5])
+def test_signal_during_a_wait_for_data_is_heeded_at_once(server, place, corpus, tmp_path, pause):
+    """The data never come: the files are a pipe, into which nothing is written."""
+    shutil.copytree(corpus.path, tmp_path / "data")
+    os.mkfifo(tmp_path / "pipe")
+    for file in sorted(tmp_path.glob("data/train-clean-360/*.pt"))[1:]:
+        file.unlink()
+        file.symlink_to(tmp_path / "pipe")
+    flags, path = place(f"waiting-{pause}")
+    flags += ["--librispeech_path", tmp_path / "data", "--load_data_workers", 1]
+    process = server.start("train.py", *PLAIN, *flags, "--batch_size", 32)
+    until(lambda: " - loss: " in process.stderr, process)
+    time.sleep(pause)
+    os.kill(process.pid, signal.SIGTERM)
+    until(lambda: "stopped by SIGTERM" in process.stderr, process, timeout=3)
+    if pause:  # the worker, too, can be ended
+        assert process.wait().returncode == 128 + signal.SIGTERM
+    process.kill()
+
+
+# --max_steps, --resume, --keep_epochs -------------------------------------------------------------
+
+
+def test_max_steps_ends_cleanly(stopped, whole):
+    assert last(stopped.path)["state"]["step"] == 8
+    assert sorted(models(stopped.path)) == ["epoch_0", "epoch_1"]
+    steps, epochs = metrics(stopped.path)
+    assert steps == metrics(whole.path)[0][:8]
+    assert [(entry["epoch"], entry["step"]) for entry in epochs] == [(1, 6), (2, 8)]
+    assert len(epoch_lines(stopped.process.stderr)) == 2, "its losses are told all the same"
+
+
+def test_max_steps_and_resume(server, copy, whole):
+    """Stopped in an epoch, again at the same step, at an epoch's end, there again, and then not.
+
+    What may differ from run to run does differ.
+    """
+    flags, path = copy()
+    for limit, workers in ((8, 2), (12, 0), (12, 2)):
+        before, saved = metrics(path), last(path)["state"]["step"]
+        others = ["--load_data_workers", workers, "--save_steps", 3, "--epochs", 3]
+        succeeded(server.run("train.py", *flags, "--max_steps", limit, *others))
+        assert last(path)["state"]["step"] == max(limit, saved)
+        assert limit > saved or metrics(path) == before
+    succeeded(server.run("train.py", *flags))
+    assert_same_run(path, whole.path)
+    assert_same_tensorboard(path, whole.path)
+    before = snapshot(path)
+    assert "nothing is left to do" in succeeded(server.run("train.py", *flags)).stderr
+    assert snapshot(path) == before
+
+
+def damage(path, how):
+    file = path / "last.ckpt"
+    content = file.read_bytes()
+    saved = torch.load(file, weights_only=True)
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "flipped bit":  # in the middle of a weight
+        at = content.index(saved["model"]["rnns.0.weight_hh_l0"].numpy().tobytes()) + 401
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif how == "hostile":
+        torch.save(saved | {"state": Hostile(path / "marker")}, file)
+    elif how == "only weights":
+        torch.save(saved["model"], file)
+    elif how == "odd state":
+        saved["state"]["epoch"] = "x"
+        torch.save(saved, file)
+    elif how == "odd metrics":
+        with open(path / "metrics.jsonl", "a") as file:
+            file.write("garbage\n")
+
+
+NOT_RESUMED = {  # name: (flags, what the error names)
+    **{how: ([], "last.ckpt") for how in ("truncated", "flipped bit", "hostile", "only weights")},
+    "odd state": ([], "last.ckpt"),
+    "odd metrics": ([], "metrics.jsonl"),
+    "other batches": (["--batch_size", 5], "--batch_size"),
+    "other loss": (["--mask_padding"], "--mask_padding"),
+    "other model": (["--rnn_hidden_size", 12], "--rnn_hidden_size"),
+    "other split": (["--train_split", "dev-clean"], "--train_split"),
+    "other data": (["--librispeech_path", "{}"], "data"),
+}
 
 
 @pytest.fixture(scope="module")
-def attempts(data, plain, tmp_path_factory):
-    """Short runs by name: those that start from given weights, and those to be refused."""
-    work = tmp_path_factory.mktemp("attempts")
-    torch.manual_seed(11)
-    fitting = PackedAPC(MEL, HIDDEN, 2).state_dict()
-    torch.save(fitting, work / "fitting.pt")
-    torch.save({f"module.{k}": v for k, v in fitting.items()}, work / "parallel.pt")
-    for name, (shape, _) in OTHER_MODELS.items():
-        torch.save(PackedAPC(**shape).state_dict(), work / f"{name}.pt")
-    torch.save({k: v * float("nan") for k, v in fitting.items()}, work / "nan.pt")
-    (work / "text.pt").write_text("no checkpoint\n")
-    torch.save({"weights": Hostile(work / "marker")}, work / "hostile.pt")
-
-    base = [*COMMON, "--rnn_num_layers", 2, "--epochs", 1, "--time_shift", 2]
-    flags = {
-        "from-file": ["--init_checkpoint", work / "fitting.pt", "--rnn_residual"],
-        "from-parallel": ["--init_checkpoint", work / "parallel.pt"],
-        "from-run": [
-            *("--init_checkpoint", plain[0] / "runs/here/first.try.dir/first.try__epoch_3.model"),
-            *("--prenet_num_layers", 1, "--rnn_residual"),
-        ],
-        **{f"misfit-{name}": ["--init_checkpoint", work / f"{name}.pt"] for name in OTHER_MODELS},
-        "no-prenet": ["--init_checkpoint", work / "fitting.pt", "--prenet_num_layers", 1],
-        "no-checkpoint": ["--init_checkpoint", work / "text.pt"],
-        "nan-checkpoint": ["--init_checkpoint", work / "nan.pt"],
-        "seed": ["--seed", 2**64],
-        "name": ["--experiment_name", ".."],
-        "taken-name": ["--experiment_name", "last.ckpt"],
-        "missing-checkpoint": ["--init_checkpoint", work / "nowhere.pt"],
-        "hostile-checkpoint": ["--init_checkpoint", work / "hostile.pt"],
-        "feature-dim": ["--feature_dim", 24],
-        "train-width": ["--train_split", "train-clean-360", "width-24"],
-        "valid-width": ["--valid_split", "width-24"],
-        "no-train-split": ["--train_split", "train-other-500"],
-        "no-second-split": ["--train_split", "train-clean-360", "train-other-500"],
-        "no-valid-split": ["--valid_split", "dev-other"],
-        "short-train": ["--train_split", "all-short"],
-        "short-valid": ["--valid_split", "all-short"],
-        "no-data": ["--librispeech_path", work / "nowhere"],
-    }
-    jobs = [
-        [
-            *(*base, "--librispeech_path", data[0], "--store_path", work),
-            *("--experiment_name", name, *extra),
-        ]
-        for name, extra in flags.items()
-    ]
-    results = run_forked("train.py", jobs, work / "jobs")
-    return work, dict(zip(flags, results))
+def not_resumed(server, copy, corpus, tmp_path_factory):
+    """{name: (process, folder before, folder after)}"""
+    # As many utterances and frames: the lengths of two have changed.
+    other = tmp_path_factory.mktemp("other")
+    make_folder(other / "train-clean-360", [*TRAIN[:-2], 23, 16], D, SEQ_LEN)
+    (other / "dev-clean").symlink_to(corpus.path / "dev-clean")
+    copies, jobs, before = {name: copy() for name in NOT_RESUMED}, {}, {}
+    for name, (flags, path) in copies.items():
+        damage(path, name)
+        before[name] = snapshot(path)
+        jobs[name] = [*flags, *(str(flag).format(other) for flag in NOT_RESUMED[name][0])]
+    done = server.run_all("train.py", jobs)
+    return {name: (done[name], before[name], snapshot(copies[name][1])) for name in jobs}
 
 
-def assert_refused(result, *words):
-    """A nonzero status, one line of error that holds all the words, and no traceback."""
-    output = result.stdout + result.stderr
-    assert result.returncode != 0, output
-    assert "Traceback" not in output, output
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1 and errors[0].startswith("train.py: error: "), output
-    assert result.stderr.strip().endswith(errors[0]), output
-    missing = [word for word in words if word.lower() not in errors[0].lower()]
-    assert not missing, f"{missing} not in: {errors[0]}"
+@pytest.mark.parametrize("name", NOT_RESUMED)
+def test_what_does_not_fit_is_not_resumed(not_resumed, name):
+    """And stays as it was: also, nothing in a checkpoint is executed."""
+    process, before, after = not_resumed[name]
+    assert NOT_RESUMED[name][1] in error_line(process, "train.py")
+    assert after == before
 
 
-@pytest.mark.parametrize("name", ["from-file", "from-parallel"])
-def test_init_checkpoint_gives_the_initial_weights(attempts, name):
-    """Of bare weights that say nothing of residual connections: the flags define the model."""
-    work, results = attempts
-    assert results[name].returncode == 0, results[name].stderr
-    given = torch.load(work / "fitting.pt", weights_only=True)
-    start, end = weights(work / f"{name}.dir", 0), weights(work / f"{name}.dir", 1)
-    assert start.keys() == given.keys()
-    assert all(torch.equal(start[k], given[k]) for k in given)
-    assert not any(torch.equal(start[k], end[k]) for k in given)
+def test_keep_epochs_keeps_the_newest_and_the_best(server, tmp_path):
+    """Learned: the frame after next has the other sign. In the validation data it never has."""
+    for split, factor in (("train-clean-360", -1.0), ("dev-clean", 1.0)):
+        tensors, _ = make_folder(tmp_path / split, [SEQ_LEN] * 8, D, SEQ_LEN)
+        signs = factor ** (torch.arange(SEQ_LEN)[:, None] // 2)
+        for name, frames in tensors.items():
+            torch.save(signs.expand_as(frames).contiguous(), tmp_path / split / name)
+    flags = [*PLAIN, "--librispeech_path", tmp_path, "--store_path", tmp_path]
+    flags += ["--experiment_name", "keep", "--keep_epochs", 2]
+    path = tmp_path / "keep.dir"
+    succeeded(server.run("train.py", *flags, "--epochs", 3))
+    assert sorted(models(path)) == ["epoch_1", "epoch_2", "epoch_3"]
+    succeeded(server.run("train.py", *flags, "--epochs", 6, "--resume"))
+    validation = [loss for _, loss in epoch_losses(path)]
+    assert min(validation) == validation[0]
+    assert sorted(models(path)) == ["epoch_1", "epoch_5", "epoch_6"]
+    # Without a checkpoint to go on from, the models must not be taken for nothing.
+    (path / "last.ckpt").unlink()
+    before = snapshot(path)
+    process = server.run("train.py", *flags, "--epochs", 7, "--resume")
+    assert "last.ckpt" in error_line(process, "train.py")
+    assert snapshot(path) == before
 
 
-def test_init_checkpoint_takes_an_earlier_run(attempts, plain):
-    work, results = attempts
-    assert results["from-run"].returncode == 0, results["from-run"].stderr
-    given = weights(plain[0] / "runs/here/first.try.dir", 3)
-    start = weights(work / "from-run.dir", 0)
-    assert all(torch.equal(start[k], given[k]) for k in given)
+# A full disk --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_weights_that_do_not_fit_are_refused(attempts, name):
-    assert_refused(attempts[1][f"misfit-{name}"], *OTHER_MODELS[name][1])
+def test_full_disk_ends_the_run_with_one_line(server, place, whole, small_disk):
+    """Again and again, as little room is made; no checkpoint is worse than the one before it."""
+    flags, path = place("full", store=small_disk)
+    flags = [*FULL, *flags, "--save_steps", 2, "--resume"]
+    steps = [0]
+    for room in (0, 20_000, 70_000):
+        leave_room(small_disk, room)
+        line = error_line(server.run("train.py", *flags), "train.py")
+        assert "No space left on device" in line, room
+        if (path / "last.ckpt").exists():
+            steps.append(last(path)["state"]["step"])
+    assert steps == sorted(steps) and steps[-1] > 0
+    leave_room(small_disk, None)
+    succeeded(server.run("train.py", *flags))
+    assert_same_run(path, whole.path)
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    {
-        "no-prenet": ("prenet",),
-        "no-checkpoint": ("text.pt",),
-        "nan-checkpoint": ("nan.pt", "finite"),
-        "seed": ("--seed",),
-        "name": ("--experiment_name",),
-        "taken-name": ("--experiment_name", "last.ckpt"),
-        "missing-checkpoint": ("nowhere.pt",),
-        "hostile-checkpoint": ("hostile.pt",),
-        "feature-dim": ("24", str(MEL)),
-        "train-width": ("24", str(MEL), "width-24"),
-        "valid-width": ("24", str(MEL), "width-24"),
-        "no-train-split": ("train-other-500",),
-        "no-second-split": ("train-other-500",),
-        "no-valid-split": ("dev-other",),
-        "short-train": ("all-short",),
-        "short-valid": ("all-short",),
-        "no-data": ("nowhere",),
-    }.items(),
-)
-def test_what_cannot_be_trained_is_refused(attempts, name, words):
-    assert_refused(attempts[1][name], *words)
+@pytest.mark.parametrize("name", ["epoch_0.model", "last.ckpt", "metrics.jsonl"])
+def test_file_that_may_not_grow_is_named(server, copy, place, name):
+    """As with a quota. The size of each file is such that it is the first to reach the limit."""
+    if name == "metrics.jsonl":
+        flags, path = copy()
+        first, *lines = (path / name).read_text().splitlines(keepends=True)
+        (path / name).write_text("".join([first.replace("{", "{" + " " * 200_000, 1), *lines]))
+        limit = (path / name).stat().st_size + 100
+    else:
+        flags, path = place(f"limited-{name}")
+        flags = [*FULL, *flags]
+        limit = {"epoch_0.model": 5000, "last.ckpt": 20_000}[name]
+    process = server.run("train.py", *flags, file_limit=limit)
+    assert re.search(f"{name}: File too large", error_line(process, "train.py"))
+    assert not list(path.glob("*.tmp"))
 
 
-def test_checkpoints_cannot_run_code(attempts):
-    work, results = attempts
-    assert results["hostile-checkpoint"].returncode != 0
-    assert not (work / "marker").exists()
+# Divergence ---------------------------------------------------------------------------------------
 
 
-def test_a_refused_run_leaves_its_name_free(attempts):
-    """Else the mended command would be refused too, as an existing experiment."""
-    work, results = attempts
-    left = {name for name, r in results.items() if r.returncode and (work / f"{name}.dir").exists()}
-    assert not left
+@pytest.fixture(scope="module")
+def bad_data(corpus, tmp_path_factory):
+    """{name: folder} whose training split has values that are not finite.
+
+    "input": in the middle of one utterance. "target": in the last frame of one, which is a target
+    only, so that the gradient is finite. "all": the same in every utterance.
+    """
+    folders = {}
+    for name, bad in (("input", range(3, 4)), ("target", range(3, 4)), ("all", range(len(TRAIN)))):
+        folders[name] = tmp_path_factory.mktemp("bad") / name
+        shutil.copytree(corpus.path, folders[name])
+        for number in bad:
+            file = folders[name] / f"train-clean-360/utt-{number:03d}.pt"
+            frames = torch.load(file, weights_only=True)
+            if name == "input":
+                frames[TRAIN[number] // 2, 0] = math.nan
+            else:
+                frames[TRAIN[number] - 1, 0] = math.inf
+            torch.save(frames, file)
+    return folders
 
 
-def test_an_existing_experiment_is_left_alone(plain):
-    work, _ = plain
-    folder = work / "runs/here/first.try.dir"
-    before = {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
-    contents = {f: f.read_bytes() for f in before if f.is_file()}
-    result = run_script("train.py", *plain_flags(), cwd=work)
-    assert_refused(result, "first.try")
-    assert {f: f.stat().st_mtime_ns for f in folder.rglob("*")} == before
-    assert {f: f.read_bytes() for f in contents} == contents
+BAD_BATCHES = {  # precision, bad data
+    "input": ("fp32", "input"),
+    "target": ("fp32", "target"),
+    "target-scaled": ("fp16", "target"),  # GradScaler looks at gradients alone
+}
+DIVERGING = {  # name: (flags, words of the error)
+    "bad-data": ("--save_steps 1", "20 steps in a row had no finite loss"),
+    "bad-data-workers": ("--load_data_workers 2", "20 steps in a row"),
+    "bad-data-scaled": ("--precision fp16", "20 steps in a row"),
+    "loss": ("--learning_rate 1e38 --optimizer sgd --save_steps 1 --epochs 20", "in a row"),
+    "weights": ("--learning_rate 1e38 --optimizer rmsprop --save_steps 1", "are not finite"),
+}
+
+
+@pytest.fixture(scope="module")
+def diverging(server, place, bad_data):
+    jobs = {}
+    for name, (precision, data) in BAD_BATCHES.items():
+        jobs[name] = ["--librispeech_path", bad_data[data], "--precision", precision]
+        jobs[name] += ["--epochs", 2]
+    for name, (flags, _) in DIVERGING.items():
+        data = ["--librispeech_path", bad_data["all"]] if "bad-data" in name else []
+        jobs[name] = [*data, *flags.split()]
+    jobs = {name: [*PLAIN, *place(name)[0], *flags] for name, flags in jobs.items()}
+    return jobs, server.run_all("train.py", jobs)
+
+
+def bad_steps(path):
+    return [entry["step"] for entry in metrics(path)[0] if entry["training_loss"] is None]
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_bad_batch_is_skipped_and_counted(diverging, place, name):
+    path = place(name)[1]
+    succeeded(diverging[1][name])
+    bad = bad_steps(path)
+    assert [step // BATCHES for step in bad] == [0, 1], "one in every epoch"
+    counts = [sum(b <= step for b in bad) for step in range(2 * BATCHES)]
+    assert [line["skipped_steps"] for line in metrics(path)[0]] == counts
+    assert [int(count) for _, count in scalars(path)["skipped steps"]] == counts
+    assert all(math.isfinite(loss) for losses in epoch_losses(path) for loss in losses)
+    assert all(is_finite(model) for model in models(path).values())
+
+
+@pytest.mark.parametrize("name", ["target", "target-scaled"])
+def test_skipped_step_leaves_no_trace(server, diverging, place, name):
+    """Neither in the weights nor in the optimizer."""
+    bad, jobs = bad_steps(place(name)[1])[0], {}
+    for step in (bad, bad + 1):
+        flags = [*place(f"{name}-{step}")[0][-2:], "--max_steps", step]
+        jobs[f"{name}-{step}"] = [*diverging[0][name], *flags]
+    processes = server.run_all("train.py", jobs)
+    before, after = (last(place(job)[1]) for job in jobs if succeeded(processes[job]))
+    assert after["state"]["skipped"] == before["state"]["skipped"] + 1
+    assert same(before["model"], after["model"])
+    states = [saved["optimizer"]["state"].values() for saved in (before, after)]
+    assert states[0] and all(same(old, new) for old, new in zip(*states))
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+def test_divergence_ends_the_run_and_saves_nothing_but_numbers(diverging, place, name):
+    process, path = diverging[1][name], place(name)[1]
+    assert DIVERGING[name][1] in error_line(process, "train.py")
+    assert all(is_finite(model) for model in models(path).values())
+    assert is_finite(last(path)["model"]) and is_finite(last(path)["optimizer"])
+    if "bad-data" in name:
+        steps, epochs = metrics(path)
+        assert len(steps) == steps[-1]["skipped_steps"] == 20
+        start = models(path)["epoch_0"]
+        assert all(same(model, start) for model in [*models(path).values(), last(path)["model"]])
+        # No utterance was learned from: 0 would pass for a perfect model.
+        assert {entry["training_loss"] for entry in epochs} == {None}
+        assert not re.search(r"Training Loss: 0\.0", process.stderr)
+
+
+# CUDA ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda(server, place, one, bad_data, precision):
+    """Close to a CPU's losses; a resumed run close to a whole one; a bad batch is skipped."""
+    flags = [*PLAIN, "--device", "cuda", "--precision", precision]
+    (_, whole), (resume, stopped) = (place(f"cuda-{precision}-{i}") for i in range(2))
+    succeeded(server.run("train.py", *flags, *place(f"cuda-{precision}-0")[0]))
+    for limit in (8, 13, STEPS):
+        succeeded(server.run("train.py", *flags, *resume, "--resume", "--max_steps", limit))
+    assert_close_losses(stopped, whole)
+    assert_close_losses(whole, one["padded"], tolerance=0.05)
+    bad, path = place(f"cuda-{precision}-bad")
+    bad += ["--librispeech_path", bad_data["target"], "--epochs", 2]
+    succeeded(server.run("train.py", *flags, *bad))
+    assert metrics(path)[0][-1]["skipped_steps"] == 2
+    assert is_finite(last(path)["model"])

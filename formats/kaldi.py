@@ -26,16 +26,16 @@ from typing import NamedTuple
 import numpy as np
 import simdjson
 
-from utils import UserError
+from utils import UserError, check_utt_id, quote
 
 BLOCK_SIZE = 1 << 22  # bytes of text a job
-MAX_UTTERANCE = 1 << 30  # bytes of text; what has no end of an utterance in this is no text of ours
+MAX_UTTERANCE = 1 << 30  # bytes of text; without the end of an utterance in this, it is not a dump
 END_OF_UTTERANCE = {
     ".": re.compile(rb"\n[ \t]*\.[ \t\r]*\n"),
     "]": re.compile(rb"\][ \t\r]*\n"),
 }
 PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
-MATRIX_KINDS = (b"FM", b"DM", b"CM", b"CM2", b"CM3")
+MATRIX_TYPES = (b"FM", b"DM", b"CM", b"CM2", b"CM3")
 
 
 class Utterance(NamedTuple):
@@ -70,40 +70,6 @@ class _Rejoined(io.RawIOBase):
         return len(data)
 
 
-class _XzFile(io.RawIOBase):
-    """The content of an .xz file of any number of streams.
-
-    lzma.LZMAFile would take a damaged second stream for the end of the file, without a word.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        data = b""
-        while not data:
-            new = b""
-            if self.decompressor.eof:
-                new = self.decompressor.unused_data.lstrip(b"\0")  # streams may be padded
-                while not new:
-                    new = self.stream.read(1 << 16)
-                    if not new:
-                        return 0
-                    new = new.lstrip(b"\0")
-                self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-            elif self.decompressor.needs_input:
-                new = self.stream.read(1 << 16)
-                if not new:
-                    raise EOFError("it ends within a stream")
-            data = self.decompressor.decompress(new, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def look_ahead(stream, size):
     """-> (the first bytes of a stream, the stream with them), however slowly a pipe gives them."""
     if isinstance(stream, io.BufferedReader) and stream.seekable():  # faster than to rejoin
@@ -126,7 +92,7 @@ def open_input(path):
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
     magic, content = look_ahead(raw, 6)
     if magic == b"\xfd7zXZ\0":
-        return raw, io.BufferedReader(_XzFile(content))
+        return raw, lzma.LZMAFile(content, format=lzma.FORMAT_XZ)
     if magic.startswith(b"\x1f\x8b"):
         return raw, gzip.GzipFile(fileobj=content)
     return raw, content
@@ -251,10 +217,10 @@ def parse_text(block, first_line, name, end_mark):
             continue
         if end_mark == "." and (len(words) > 1 or words == [b"."]):
             raise UserError(
-                f"{where}: expected an utterance id alone on a line, found {_quote(line)}"
+                f"{where}: expected an utterance id alone on a line, found {quote(line)}"
             )
         if end_mark == "]" and words[1:] not in ([b"["], [b"[", b"]"]):
-            raise UserError(f"{where}: expected an utterance id and '[', found {_quote(line)}")
+            raise UserError(f"{where}: expected an utterance id and '[', found {quote(line)}")
         utt_id = check_utt_id(words[0], where)
         end = END_OF_UTTERANCE[end_mark].search(block, start if end_mark == "]" else line_end)
         body = block[line_end + 1 : end.start() if end else -1]
@@ -277,7 +243,7 @@ def _parse_frames(body, utt_id, name, first_line, end_mark, has_end):
         word = body.split(b"\n")[row].split()[column]
         raise UserError(
             f"{name}:{first_line + row}: utterance {utt_id}: expected finite float32 numbers, "
-            f"found {_quote(word)}"
+            f"found {quote(word)}"
         )
     return frames
 
@@ -323,11 +289,11 @@ def _parse_slowly(body, utt_id, name, first_line, end_mark, has_end):
         bad = next((word for word in words if not _is_number(word)), None)
         if bad is not None:
             expected = f"a frame or {end_mark!r}" if len(words) == 1 else "numbers"
-            raise UserError(f"{where}: expected {expected}, found {_quote(bad)}")
+            raise UserError(f"{where}: expected {expected}, found {quote(bad)}")
         if not rows and len(words) < 2 and end_mark == ".":
             raise UserError(
                 f"{where}: expected a frame of two numbers or more (a single word on a line is an "
-                f"utterance id), found {_quote(line)}"
+                f"utterance id), found {quote(line)}"
             )
         if rows and len(words) != len(rows[0]):
             raise UserError(
@@ -354,36 +320,6 @@ def _is_number(word):
     return b"_" not in word  # 1_000 is Python's alone
 
 
-def _quote(text):
-    """Bytes of a file for a one-line message: short and printable."""
-    text = text.strip().decode("utf-8", "replace")
-    return repr(text if len(text) <= 40 else text[:40] + "...")
-
-
-def check_utt_id(utt_id, where):
-    """An id becomes a file name: UserError, naming `where`, if it would be a bad one.
-
-    Takes str or UTF-8 bytes, returns str.
-    """
-    try:
-        utt_id = utt_id if isinstance(utt_id, str) else utt_id.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{where}: expected an utterance id in UTF-8, found {_quote(utt_id)}"
-        ) from None
-    if (
-        utt_id.startswith(".")
-        or re.search(r"[/\\]", utt_id)
-        or not utt_id.isprintable()
-        or len(utt_id.encode()) > 240
-    ):
-        raise UserError(
-            f"{where}: utterance id {_quote(utt_id.encode('utf-8', 'replace'))} cannot be a file "
-            "name: expected at most 240 bytes, printable, without '/', '\\' and a '.' in front"
-        )
-    return utt_id
-
-
 def ark_jobs(stream, name):
     """A binary archive -> (bytes, job of some utterances)."""
     job, size, position = [], 0, 0
@@ -398,10 +334,15 @@ def ark_jobs(stream, name):
         job.append(Utterance(utt_id, frames, where))
         size += len(head) + num_bytes
         if size >= BLOCK_SIZE:
-            yield size, functools.partial(iter, job)
+            yield size, functools.partial(read_already, job)
             job, size = [], 0
     if job:
-        yield size, functools.partial(iter, job)
+        yield size, functools.partial(read_already, job)
+
+
+def read_already(utterances):
+    """The job of an archive, whose matrices cannot be found without reading them."""
+    yield from utterances
 
 
 def read_matrix(stream, where):
@@ -412,8 +353,8 @@ def read_matrix(stream, where):
     head = stream.read(2)
     while len(head) < 6 and not head.endswith(b" ") and (byte := stream.read(1)):
         head += byte
-    if head[:2] != b"\0B" or head[2:-1] not in MATRIX_KINDS:
-        kinds = ", ".join(kind.decode() for kind in MATRIX_KINDS)
+    if head[:2] != b"\0B" or head[2:-1] not in MATRIX_TYPES:
+        kinds = ", ".join(kind.decode() for kind in MATRIX_TYPES)
         raise UserError(f"{where}: expected a binary matrix ({kinds}), found {head!r}")
     try:
         matrix = _Rejoined(head, stream)
@@ -449,7 +390,7 @@ def scp_jobs(stream, name):
         if not found or "\0" in target:
             raise UserError(
                 f"{where}: utterance {utt_id}: expected FILE or FILE:OFFSET, found "
-                f"{_quote(os.fsencode(target))}"
+                f"{quote(os.fsencode(target))}"
             )
         job.append((utt_id, found[1], int(found[2] or 0), where))
         if len(job) == 32:

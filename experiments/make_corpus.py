@@ -1,42 +1,52 @@
 """Make a corpus of synthetic speech whose phones are known: hours of it, from flite's four voices.
 
     apt-get install flite                                        # Debian's speech synthesiser
-    python benchmarks/make_corpus.py evidence/corpus --hours 2 --seed 0
+    python experiments/make_corpus.py evidence/corpus --hours 2 --seed 0
 
 Writes OUT/{train,dev,test}/speaker/chapter/speaker-chapter-number.flac, LibriSpeech's tree, 16 kHz,
-OUT/speakers.txt, and at last OUT/labels.txt: an utterance a line, its id, then the phone of every
-frame of the fbank (10 ms; frame t covers samples 160 t to 160 t + 400, and its centre decides).
+OUT/speakers.txt, and finally OUT/labels.txt: one utterance per line, its id, then the phone of
+every frame of the fbank (10 ms; frame t covers samples 160 t to 160 t + 400, and is labelled by its
+centre).
 
-Nobody spoke any of this. A "speaker" is one of flite's 16 kHz voices with settings of its own: a
-resampling factor, which scales its formants as a longer or shorter vocal tract would (and its pitch
-with them), a pitch (the voice rms does not honour it) and a rate. The three splits share the voices
-and the words, but no settings: they are as far from each other as the settings are. Rate and level
-vary from utterance to utterance too, as does the noise: its spectrum's slope, and its level, 10 to
-40 dB below the speech. Sentences come from the grammar below. Phones' ends are what flite prints
-with -psdur, multiplied by the resampling factor. The same seed gives the same files to the byte on
-the same machine; another version of flite, numpy or libsndfile may change them.
+A "speaker" is one of flite's 16 kHz voices with settings of its own: a resampling factor, which
+scales formants as a longer or shorter vocal tract would (and the pitch with them), a pitch (which
+the voice rms ignores) and a speaking rate. The three splits share voices and words, but no
+settings. Rate and level also vary from utterance to utterance, and so does the noise: the slope of
+its spectrum, and its level, 10 to 40 dB below the speech. Sentences come from the grammar below.
+Phones end where flite -psdur says, times the resampling factor. The same seed gives the same files
+to the byte on the same machine; other versions of flite, numpy or libsndfile may change them.
 """
-# ruff: noqa: E402
 
 import argparse
-import multiprocessing
 import os
 import re
-import shlex
-import subprocess
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import soundfile
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, not_negative, positive, run
+
+from samples.make_samples import check_flite, synthesise
+from utils import (
+    HelpFormatter,
+    UserError,
+    atomic_write,
+    not_negative,
+    num_cores,
+    positive,
+    run_jobs,
+    run_main,
+)
 
 VOICES = {"kal16": 100, "awb": 130, "rms": 100, "slt": 165}  # flite's name: its pitch, Hz
 SPEAKERS = {"train": 8, "dev": 2, "test": 4}  # of each voice
 SHARES = {"train": 0.8, "dev": 0.05, "test": 0.15}  # of the hours
-UTTERANCE_SECONDS = 2.65  # on average, measured: what makes a number of utterances of hours
-SAMPLE_RATE, SHIFT, WINDOW = 16000, 160, 400  # Hz, samples, samples: the fbank's
+UTTERANCE_SECONDS = 2.65  # on average, measured
+SAMPLE_RATE, SHIFT, WINDOW = 16000, 160, 400  # of the fbank: Hz, samples, samples
 
 # A name in braces is replaced by one of its alternatives, until none is left.
 GRAMMAR = {
@@ -103,29 +113,18 @@ WORDS = {
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
     )
-    add = parser.add_argument_group("corpus").add_argument
+    add = parser.add_argument
     add("out", metavar="OUT", help="folder to make")
     add("--hours", type=float, default=1.0, help="of speech, about")
     add("--seed", type=not_negative, default=0, help="of sentences, speakers and noise")
-    add = parser.add_argument_group("machine").add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--num_workers", type=positive, default=cores, help="processes")
+    add("--num_workers", type=positive, default=num_cores(), help="processes")
     return parser
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()  # --help must not wait for numpy
-
-import numpy as np
-
-from checkpoint import atomic_write
-
-
 def sentence(random):
-    """A sentence of the grammar, by a numpy Generator."""
+    """A sentence of the grammar, drawn by a numpy Generator."""
     text = "{sentence}"
     while found := re.search(r"\{(\w+)\}", text):
         choices = GRAMMAR.get(found[1]) or WORDS[found[1]].split()
@@ -134,27 +133,40 @@ def sentence(random):
 
 
 def make_speakers(seed):
-    """-> [{"id", "split", "voice", "warp", "pitch", "rate"}]; the settings of a voice's speakers
-    are spread evenly over their ranges, each in an order of its own."""
+    """-> [{"id", "split", "voice", "warp", "pitch", "rate"}].
+
+    The settings of a voice's speakers are spread evenly over their ranges, and shuffled.
+    """
     speakers = []
-    for number, (voice, pitch) in enumerate(VOICES.items(), start=1):
+    for number, (voice, mean_pitch) in enumerate(VOICES.items(), start=1):
         random = np.random.default_rng([seed, number])
         count = sum(SPEAKERS.values())
         splits = [split for split, share in SPEAKERS.items() for _ in range(share)]
         columns = zip(
             random.permutation(splits).tolist(),
             np.geomspace(0.85, 1.18, count).tolist(),
-            (pitch * random.permutation(np.geomspace(0.75, 1.35, count))).tolist(),
+            (mean_pitch * random.permutation(np.geomspace(0.75, 1.35, count))).tolist(),
             random.permutation(np.geomspace(0.8, 1.25, count)).tolist(),
         )
-        for i, (split, warp, pitch_of_it, rate) in enumerate(columns, start=1):
-            speaker = {"id": f"{number}{i:02d}", "split": split, "voice": voice, "warp": warp}
-            speakers.append(speaker | {"pitch": pitch_of_it, "rate": rate})
+        for i, (split, warp, pitch, rate) in enumerate(columns, start=1):
+            speaker = {"id": f"{number}{i:02d}", "split": split, "voice": voice}
+            speakers.append(speaker | {"warp": warp, "pitch": pitch, "rate": rate})
     return speakers
 
 
+def plan_utterances(speakers, hours):
+    """-> [(speaker, utterance's number)], about `hours` of speech in all."""
+    jobs = []
+    for speaker in speakers:
+        split = speaker["split"]
+        seconds = hours * 3600 * SHARES[split] / SPEAKERS[split] / len(VOICES)
+        count = max(4, round(seconds / UTTERANCE_SECONDS))  # speaker_probe.py needs 4
+        jobs += [(speaker, number) for number in range(count)]
+    return jobs
+
+
 def read_psdur(text):
-    """What flite -psdur prints, "pau:0.164 hh:0.255 ..." -> phones, ends in seconds (phones,)."""
+    """What flite -psdur prints, "pau:0.164 hh:0.255 ..." -> phones, their ends in seconds."""
     phones, ends = [], []
     for item in text.split():
         phone, _, end = item.rpartition(":")
@@ -168,7 +180,7 @@ def read_psdur(text):
 
 
 def frame_labels(phones, ends, num_samples):
-    """The phone at each frame's centre, a list of T labels; behind the last end, the last phone.
+    """The phone at each frame's centre, a list of T labels; after the last end, the last phone.
 
     T = 1 + (num_samples - 400) // 160, as the fbank has without padding (snip_edges).
     """
@@ -179,7 +191,7 @@ def frame_labels(phones, ends, num_samples):
 
 
 def resample(samples, factor):
-    """samples (N,) -> (factor N,): all frequencies divided by factor, without aliases."""
+    """samples (N,) -> (factor N,): all frequencies divided by factor, without aliasing."""
     length = round(len(samples) * factor)
     return np.fft.irfft(np.fft.rfft(samples)[: length // 2 + 1], length) * (length / len(samples))
 
@@ -193,48 +205,34 @@ def noise(length, random):
 
 
 def speak(job, out, seed):
-    """(speaker, its utterance's number) -> the utterance's line of labels.txt; writes its FLAC."""
-    import soundfile
-
+    """(speaker, utterance's number) -> the utterance's line of labels.txt; writes its FLAC."""
     speaker, number = job
     random = np.random.default_rng([seed, int(speaker["id"]), number])
     chapter = 1 + number // 100
     utt_id = f"{speaker['id']}-{chapter}-{number % 100:04d}"
     stretch = speaker["rate"] * random.uniform(0.9, 1.1) / speaker["warp"]
     pitch = speaker["pitch"] * speaker["warp"]
-    settings = (f"duration_stretch={stretch:.4f}", f"int_f0_target_mean={pitch:.2f}")
+    flags = [
+        "--setf",
+        f"duration_stretch={stretch:.4f}",
+        "--setf",
+        f"int_f0_target_mean={pitch:.2f}",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sentence.wav")
-        command = ["flite", "-voice", speaker["voice"], "-psdur"]
-        command += [word for setting in settings for word in ("--setf", setting)]
-        command += ["-t", sentence(random), "-o", path]
-        flite = subprocess.run(command, capture_output=True, text=True, check=False)
-        if flite.returncode or not os.path.exists(path):
-            raise UserError(
-                f"{shlex.join(command)}: status {flite.returncode} {flite.stderr[:200]}"
-            )
+        psdur = synthesise(sentence(random), speaker["voice"], path, "-psdur", *flags)
         samples, sample_rate = soundfile.read(path)
     if sample_rate != SAMPLE_RATE:
         raise UserError(f"flite: the voice {speaker['voice']} has {sample_rate} Hz, not 16000")
-    phones, ends = read_psdur(flite.stdout)
+    phones, ends = read_psdur(psdur)
     samples = resample(samples, speaker["warp"])
     snr = 10 ** (random.uniform(10, 40) / 20)
     samples = samples + noise(len(samples), random) * np.sqrt(np.mean(samples**2)) / snr
     samples *= random.uniform(0.4, 0.9) / np.abs(samples).max()
-    path = os.path.join(out, speaker["split"], speaker["id"], str(chapter), f"{utt_id}.flac")
+    path = Path(out, speaker["split"], speaker["id"], str(chapter), f"{utt_id}.flac")
+    path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.round(samples * 32767).astype(np.int16), SAMPLE_RATE, subtype="PCM_16")
     return " ".join([utt_id, *frame_labels(phones, ends * speaker["warp"], len(samples))])
-
-
-def check_flite():
-    """flite speaks in another voice, and says nothing, where it lacks the one asked for."""
-    try:
-        listed = subprocess.run(["flite", "-lv"], capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise UserError("needs the speech synthesiser flite: apt-get install flite") from None
-    missing = sorted(set(VOICES) - set(listed.split()))
-    if missing:
-        raise UserError(f"flite lacks the voices {', '.join(missing)}; it has {listed.strip()}")
 
 
 def main(argv=None):
@@ -244,28 +242,20 @@ def main(argv=None):
         parser.error(f"--hours {args.hours:g}: expected a number above 0")
     if os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"{args.out}: is not empty: choose another folder")
-    check_flite()
+    check_flite(VOICES)
     speakers = make_speakers(args.seed)
-    jobs = []
-    for speaker in speakers:
-        split = speaker["split"]
-        seconds = args.hours * 3600 * SHARES[split] / SPEAKERS[split] / len(VOICES)
-        numbers = range(max(2, round(seconds / UTTERANCE_SECONDS)))
-        jobs += [(speaker, number) for number in numbers]
-        for chapter in {1 + number // 100 for number in numbers}:
-            os.makedirs(os.path.join(args.out, split, speaker["id"], str(chapter)))
+    jobs = plan_utterances(speakers, args.hours)
     print(
         f"{args.out}: {len(jobs)} utterances by {len(speakers)} synthetic speakers, "
         f"about {args.hours:g} h, seed {args.seed}, {args.num_workers} processes"
     )
-    with multiprocessing.Pool(args.num_workers) as pool:
-        lines = pool.map(partial(speak, out=args.out, seed=args.seed), jobs, chunksize=8)
+    lines = list(run_jobs(jobs, partial(speak, out=args.out, seed=args.seed), args.num_workers))
     with open(os.path.join(args.out, "speakers.txt"), "w", encoding="utf-8") as file:
         file.write("# id split voice warp pitch(Hz) rate\n")
         for s in speakers:
             settings = f"{s['warp']:.3f} {s['pitch']:.1f} {s['rate']:.3f}"
             file.write(f"{s['id']} {s['split']} {s['voice']} {settings}\n")
-    with atomic_write(os.path.join(args.out, "labels.txt")) as file:  # the last: all is there
+    with atomic_write(os.path.join(args.out, "labels.txt")) as file:  # last: the corpus is whole
         file.writelines(f"{line}\n".encode() for line in lines)
     frames = sum(line.count(" ") for line in lines)
     phones = {phone for line in lines for phone in line.split()[1:]}
@@ -273,4 +263,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

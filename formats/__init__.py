@@ -1,0 +1,1 @@
+"""What others write: Kaldi's tables, audio files, s3prl's checkpoints."""

@@ -1,0 +1,147 @@
+"""train.py in several processes: losses as of one process, signals, kills, exact resumption."""
+
+import contextlib
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    EPOCHS,
+    FULL,
+    PLAIN,
+    STEPS,
+    assert_close_losses,
+    last,
+    metrics,
+    models,
+    same,
+    until_step,
+)
+from processes import ROOT, children, error_line, until
+
+SLOW_DISK = """
+import os, time
+fsync = os.fsync
+def slow(file):
+    if os.path.exists(os.environ["SLOW_IF"]):
+        time.sleep(0.7)
+    fsync(file)
+os.fsync = slow
+"""
+
+
+def all_succeeded(processes):
+    for process in processes:
+        assert process.returncode == 0, process.stderr
+
+
+def assert_follows(path, reference):
+    """The losses of one process, each step and epoch once, and one set of files."""
+    assert_close_losses(path, reference)
+    steps, epochs = metrics(path)
+    assert [entry["step"] for entry in steps] == list(range(STEPS))
+    assert [entry["epoch"] for entry in epochs] == list(range(1, EPOCHS + 1))
+    names = [{file.name.replace(p.stem, "") for file in p.iterdir()} for p in (path, reference)]
+    assert names[0] == names[1]
+
+
+def torchrun(server, *args, **kw):
+    launch = ["--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    return server.start("torchrun", *launch, *PLAIN, *args, **kw)
+
+
+def rank_0(launcher):
+    """The id of the process of rank 0 that torchrun has started."""
+    for pid in children(launcher.pid):
+        with contextlib.suppress(OSError):
+            if re.search(rb"(^|\0)RANK=0\0", Path(f"/proc/{pid}/environ").read_bytes()):
+                return pid
+
+
+def test_torchrun_follows_one_process(server, place, one):
+    flags, path = place("two-padded")
+    launcher = torchrun(server, *flags, "--load_data_workers", 1).wait(60)
+    assert launcher.returncode == 0, launcher.stderr
+    assert launcher.stderr.count("INFO - Epoch: 1 ") == 1, launcher.stderr
+    assert_follows(path, one["padded"])
+    assert len(list(path.glob("*.tb_log/*"))) == 1
+    ours, theirs = models(path), models(one["padded"])
+    for name, model in ours.items():
+        assert model.keys() == theirs[name].keys()
+        assert all(torch.allclose(model[key], theirs[name][key], atol=1e-4) for key in model)
+
+
+def test_torchrun_and_a_signal_to_one_process(server, place, one, tmp_path):
+    """torchrun then sends SIGTERM to the other one, which still saves: the disk is slow."""
+    flags, path = place("signal")
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    env = {"PYTHONPATH": tmp_path, "SLOW_IF": tmp_path / "slow"}
+    launcher = torchrun(server, *flags, env=env)
+    until(lambda: len(metrics(path)[0]) > 2 if (path / "metrics.jsonl").exists() else 0, launcher)
+    (tmp_path / "slow").touch()
+    os.kill(rank_0(launcher), signal.SIGTERM)
+    assert launcher.wait(60).returncode != 0
+    assert last(path)["state"]["step"] == len(metrics(path)[0]) < STEPS, launcher.stderr
+    all_succeeded([server.run("train.py", *PLAIN, *flags, "--resume")])
+    assert_follows(path, one["padded"])
+
+
+def test_masked_padding_and_accumulated_steps_follow_one_process(server, place, one):
+    flags, path = place("two-masked")
+    flags += ["--mask_padding", "--accumulate_steps", 4]
+    all_succeeded(server.run_ranks("train.py", *PLAIN, *flags))
+    assert_follows(path, one["masked"])
+
+
+def test_any_number_of_processes_goes_on(server, place, one):
+    """One; then three and two, of which the last gets a signal; and one to the end."""
+    flags, path = place("any-number")
+    flags = [*PLAIN, *flags, "--resume"]
+    all_succeeded([server.run("train.py", *flags, "--max_steps", 4)])
+    for world_size, step in ((3, 7), (2, 14)):
+        processes = server.start_ranks("train.py", *flags, world_size=world_size)
+        until_step(step, processes[0], path)
+        os.kill(processes[-1].pid, signal.SIGUSR1)
+        for process in processes:
+            assert process.wait().returncode == 128 + signal.SIGUSR1, process.stderr
+            assert "Traceback" not in process.stderr
+        assert last(path)["state"]["step"] == len(metrics(path)[0]) < STEPS
+    all_succeeded([server.run("train.py", *flags)])
+    assert_follows(path, one["padded"])
+
+
+def test_two_processes_resume_exactly(server, place):
+    """With dropout, which differs from process to process."""
+    paths = []
+    for name, limits in (("two-whole", [12]), ("two-stopped", [8, 12])):
+        flags, path = place(name)
+        paths.append(path)
+        for limit in limits:
+            flags += ["--load_data_workers", 0, "--resume", "--max_steps", limit]
+            all_succeeded(server.run_ranks("train.py", *FULL, *flags))
+    stopped, whole = (models(path) for path in paths)
+    assert stopped.keys() == whole.keys() == {"epoch_0", "epoch_1", "epoch_2"}
+    assert all(same(stopped[name], whole[name]) for name in whole)
+    assert metrics(paths[0])[0] == metrics(paths[1])[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_ends_the_others(server, place, victim):
+    """Also where there is no torchrun to end them."""
+    flags, path = place(f"killed-{victim}")
+    processes = server.start_ranks("train.py", *PLAIN, *flags)
+    until_step(2, processes[0], path)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    error_line(processes[1 - victim].wait(), "train.py")
+    assert last(path)["state"]["step"] == 0
+
+
+def test_one_of_several_processes_without_the_others(server, place):
+    flags, path = place("alone")
+    process = server.run("train.py", *PLAIN, *flags, env={"WORLD_SIZE": 2})
+    line = error_line(process, "train.py")
+    assert "WORLD_SIZE" in line and "torchrun" in line
+    assert not path.exists()

@@ -1,0 +1,539 @@
+"""formats/kaldi.py: dumps, archives and lists are read to the bit, or refused in one line."""
+
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import pickle
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import kaldiio
+import numpy as np
+import pytest
+from conftest import Hostile
+
+from formats import kaldi
+from utils import UserError
+
+# The same utterances in every format --------------------------------------------------------------
+
+
+def exact(frames, width=5, seed=0):
+    """Random multiples of 1/16: six digits, copy-feats' own, hold them exactly."""
+    return np.random.default_rng(seed).integers(-128, 128, (frames, width)).astype(np.float32) / 16
+
+
+def dump(utterances):
+    return "".join(
+        f"{utt}\n" + "".join(" ".join(map(repr, row)) + "\n" for row in frames.tolist()) + ".\n"
+        for utt, frames in utterances.items()
+    ).encode()
+
+
+def copy_feats_text(utterances):
+    """What `copy-feats ark:... ark,t:` writes, character by character."""
+    return "".join(
+        f"{utt}  [" + "".join("\n  " + "".join(f"{x:g} " for x in row) for row in frames) + "]\n"
+        for utt, frames in utterances.items()
+    ).encode()
+
+
+def by_kaldiio(utterances, **kwargs):
+    file = io.BytesIO()
+    kaldiio.save_ark(file, utterances, **kwargs)
+    return file.getvalue()
+
+
+def doubles(utterances):
+    return by_kaldiio({utt: frames.astype(np.float64) for utt, frames in utterances.items()})
+
+
+FORMATS = {  # name: (what read_kaldi calls it, writer)
+    "dump": ("text dump", dump),
+    "copy-feats": ("text archive", copy_feats_text),
+    "kaldiio-text": ("text archive", lambda utterances: by_kaldiio(utterances, text=True)),
+    "float": ("binary archive", by_kaldiio),
+    "double": ("binary archive", doubles),
+}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+UTTERANCES = {
+    utt: exact(frames, seed=frames)
+    for utt, frames in {"b-1": 7, "1089": 30, "grüße": 1, "a.b.c": 20, "sp1.1-x_y": 21}.items()
+}
+SMALL = {"utA": exact(3, 2, 1), "utB": exact(2, 2, 2), "utC": exact(4, 2, 3)}
+
+
+def write(path, content):
+    path.unlink(missing_ok=True)  # to write over a file takes ext4 twenty times as long
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(source):
+    """Every utterance of a source: [(id, frames)]."""
+    _, _, jobs = kaldi.read_kaldi(str(source))
+    # A job is done by another process, if there are several.
+    return [utt[:2] for _, job in jobs for utt in pickle.loads(pickle.dumps(job))()]
+
+
+def assert_same(found, utterances):
+    assert [utt for utt, _ in found] == list(utterances)
+    for utt, frames in found:
+        assert frames.dtype == np.float32 and np.array_equal(frames, utterances[utt]), utt
+
+
+def refusal(source):
+    """The message of a source that is refused: one line that names it, here without its folder."""
+    with pytest.raises(UserError) as caught:
+        read(source)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 600, message
+    assert str(source) in message, message
+    return message.replace(f"{source.parent}/", "")
+
+
+# Good files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_every_format_holds_the_same_frames(tmp_path, ending):
+    for kind, writer in FORMATS.values():
+        content = COMPRESS[ending](writer(UTTERANCES))
+        # Whatever its name: first bytes tell, and only .scp means something.
+        for name in ("feats.ark", "feats.txt", "feats"):
+            source = write(tmp_path / f"{name}{ending}", content)
+            assert kaldi.read_kaldi(str(source))[0] == kind
+            assert_same(read(source), UTTERANCES)
+
+
+@pytest.mark.parametrize("block_size", [1, 50, 333])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_blocks_of_any_size(tmp_path, monkeypatch, block_size, ending):
+    monkeypatch.setattr(kaldi, "BLOCK_SIZE", block_size)
+    for name, (_, writer) in FORMATS.items():
+        source = write(tmp_path / name, COMPRESS[ending](writer(UTTERANCES)))
+        assert_same(read(source), UTTERANCES)
+        _, size, jobs = kaldi.read_kaldi(str(source))
+        positions = [position for position, _ in jobs]
+        assert positions == sorted(positions) and positions[-1] == size == source.stat().st_size
+
+
+def test_white_space_does_not_matter(tmp_path):
+    expected = {"u1": np.float32([[1.5, 2], [3, 4]]), "u2": np.float32([[5, 6]])}
+    for text in [
+        "u1\n 1.5 2\n3 4\n.\nu2\n5 6\n.\n",
+        "u1\n1.5 2 \n3 4   \n.\nu2\n5 6 \n.\n",
+        "u1\n  1.5    2\n\t3\t\t4 \t\n.\nu2\n5\t6\n.\n",
+        "u1\r\n1.5 2\r\n3 4\r\n.\r\nu2\r\n5 6\r\n.\r\n",
+        "u1 \n1.5 2\n3 4\n. \nu2\t\n5 6\n.\t\n",
+        "\n\nu1\n1.5 2\n3 4\n.\n\nu2\n5 6\n.\n",
+        "u1\n1.5 2\n3 4\n.\nu2\n5 6\n.",
+        "u1 [\n1.5 2\n3 4 ]\nu2 [\n5 6 ]\n",
+        "u1  [\n  1.5 2 \n  3 4 \n]\nu2  [\n  5 6\n ]\n",
+        "u1\t[ \r\n 1.5 2\r\n 3 4 ]\r\nu2 [\r\n 5 6 ]\r\n",
+        "u1 [\n1.5\t2\n3  4 ] \n\nu2 [\n5 6]",
+    ]:
+        assert_same(read(write(tmp_path / "feats", text)), expected)
+
+
+NUMBERS = [
+    *["+1.5", "-0", "0", ".5", "-.5", "5.", "+5.e0", "1e3", "1E-3", "1e+05", "00012.50", "-1e-0"],
+    *["1e-45", "1e-46", "-1e-50", "1.1754943e-38", "1e-400", "3.4028235e38", "-3.40282356e+38"],
+    *["0.1", "0.30000000000000004", "3.1415926535897931", "-2.7182818284590452", "1e-8"],
+    *["16777217", "16777219", "123456789012345678901234567890", "0." + "0" * 60 + "1"],
+    *["9007199254740993", "18446744073709551615", "7.006492321624086e-46"],
+    # By way of a double this rounds down (twice to even); rounded straight to a float, up.
+    *["1.000000059604644775390625000001", "1.00000017881393432617187499999999"],
+]
+
+
+def test_numbers_are_pythons_floats_to_the_bit(tmp_path):
+    rng = np.random.default_rng(5)
+    values = rng.normal(0, 1, 1000) * 10.0 ** rng.integers(-30, 30, 1000)
+    random = [f"{v:.{p}g}" for v, p in zip(values, rng.integers(1, 21, 1000))]
+    # A single odd one sends an utterance another way through the parser than none.
+    tables = [NUMBERS, random, *([number] for number in NUMBERS)]
+    tables += [["-0", "7"], ["7", "-0\t"], ["0", "-0", "-12"]]
+    for numbers in tables:
+        rows = "".join(f"{number} 0.25\n" for number in numbers)
+        ((_, frames),) = read(write(tmp_path / "feats", f"utt\n{rows}.\n"))
+        expected = np.array([np.float32(float(number)) for number in numbers])
+        assert np.array_equal(frames[:, 0].view(np.uint32), expected.view(np.uint32)), numbers
+        assert np.all(frames[:, 1] == 0.25)
+
+
+def test_compressed_matrices_are_what_kaldiio_reads(tmp_path):
+    for method in range(1, 8):
+        # Methods 4, 6 and 7 fix the range of the values.
+        low, high = {4: (-32000, 32000), 6: (0, 255), 7: (0, 1)}.get(method, (-9, 9))
+        rng = np.random.default_rng(method)
+        utterances = {f"utt-{n}": rng.uniform(low, high, (n, 6)).astype("f4") for n in (33, 5, 12)}
+        ark, scp = tmp_path / "c.ark", tmp_path / "c.scp"
+        kaldiio.save_ark(str(ark), utterances, scp=str(scp), compression_method=method)
+        truth = {utt: np.float32(frames) for utt, frames in kaldiio.load_ark(str(ark))}
+        assert list(truth) == list(utterances)
+        assert_same(read(ark), truth)
+        assert_same(read(scp), truth)
+
+
+def test_files_of_several_compressed_streams(tmp_path):
+    """What `cat a.gz b.gz` leaves."""
+    first, second = dump(UTTERANCES), dump(SMALL)
+    for compress in (gzip.compress, lzma.compress):
+        source = write(tmp_path / "feats", compress(first) + compress(second))
+        assert_same(read(source), UTTERANCES | SMALL)
+
+
+def test_standard_input_however_slowly_it_comes(monkeypatch):
+    """What comes first through a pipe may be a few bytes: too few to know the format from."""
+    contents = [writer(UTTERANCES) for _, writer in FORMATS.values()]
+    for content in [*contents, gzip.compress(contents[-1]), lzma.compress(contents[0])]:
+        end, far_end = os.pipe()
+
+        def feed(far_end=far_end, content=content):
+            with contextlib.suppress(BrokenPipeError), os.fdopen(far_end, "wb", 0) as file:
+                for part in (content[:1], content[1:3], content[3:5], content[5:]):
+                    time.sleep(0.01)
+                    file.write(part)
+
+        feeder = threading.Thread(target=feed, daemon=True)
+        with open(end, "rb") as file:
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
+            feeder.start()
+            assert_same(read("-"), UTTERANCES)
+        feeder.join(10)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input"):
+        read("-")
+
+
+def test_scp(tmp_path, monkeypatch):
+    """Two archives and files of one matrix, in no order, over several jobs."""
+    utterances = {f"s{i % 3}-{i:03d}": exact(1 + i % 25, seed=i) for i in range(100)}
+    ids, lines, folder = list(utterances), {}, tmp_path / "two words"
+    folder.mkdir()
+    for name, part in (("a.ark", ids[:50]), ("b:1.ark", ids[50:90])):
+        scp = tmp_path / "part.scp"
+        kaldiio.save_ark(str(folder / name), {utt: utterances[utt] for utt in part}, scp=str(scp))
+        lines |= {line.split()[0]: line for line in scp.read_text().splitlines()}
+    for utt in ids[90:]:
+        kaldiio.save_mat(str(folder / f"{utt}.mat"), utterances[utt].astype(np.float64))
+        lines[utt] = f"{utt} {folder}/{utt}.mat"
+    np.random.default_rng(0).shuffle(ids)
+    shuffled = {utt: utterances[utt] for utt in ids}
+    text = "".join(lines[utt] + "\n" for utt in ids)
+    assert_same(read(write(tmp_path / "feats.scp", text)), shuffled)
+    assert_same(read(write(tmp_path / "feats.scp.xz", lzma.compress(text.encode()))), shuffled)
+    # As in Kaldi, a relative path starts where the program does.
+    monkeypatch.chdir(folder)
+    assert_same(read(write(tmp_path / "r.scp", text.replace(f"{folder}/", ""))), shuffled)
+
+
+def test_file_names_in_an_scp_need_not_be_text_but_ids_must(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.ark"
+    Path(os.fsdecode(path)).write_bytes(by_kaldiio(SMALL))
+    scp = write(tmp_path / "feats.scp.gz", gzip.compress(b"utA " + path + b":4\n"))
+    assert_same(read(scp), {"utA": SMALL["utA"]})
+    assert "UTF-8" in refusal(write(tmp_path / "feats.scp", b"ut\xff " + path + b":4\n"))
+
+
+# Bad text -----------------------------------------------------------------------------------------
+
+BAD_DUMPS = [  # (dump, the line to blame, the utterance at fault or None)
+    ("utA\n1 2 3\n1 2\n.\n", 3, "utA"),
+    ("utA\n1 2 3\n.\nutB\n1 2 3\n1 2 3 4\n.\n", 6, "utB"),
+    ("utA\n1 2 3\n1 2\n1 2 3 4\n.\n", 3, "utA"),
+    ("utA\n1 2\n[3 4]\n.\n", 3, "utA"),
+    ("utA\n1,2\n3,4\n.\n", 2, "utA"),
+    ("utA\n1 2\n\n1 2\n.\n", 3, "utA"),
+    ("utA\n1 2\n.\nutB\n.\nutC\n1 2\n.\n", 5, "utB"),
+    ("utA\n.\n", 2, "utA"),
+    ("utA\n1 2\n.\nutB\n1 2\n3 4\n", 7, "utB"),
+    ("utA\n1 2\n.\nutB\n", 5, "utB"),
+    ("utA\n1 2\n3 4\nutB\n1 2\n.\n", 4, "utA"),
+    ("1 2\n3 4\n.\n", 1, None),
+    ("utA\n1 2\n.\n3 4\n.\n", 4, None),
+    (".\nutA\n1 2\n.\n", 1, None),
+    ("utA\n1 2\n.\n.\n", 4, None),
+    ("utA\n1.5\n2.5\n.\n", 2, "utA"),  # a row of one number cannot be told from an id
+    ("utA\n1 2\n.\nut B\n1 2\n.\n", 4, "ut B"),
+]
+BAD_ARCHIVES = [
+    ("utA  [\n  1 2 \n  3 4 5 ]\n", 3, "utA"),
+    ("utA [\n 1 2 ]\nutB  [\n  1 2 \n  3 \n  4 5 ]\n", 5, "utB"),
+    ("utA [\n 1 2 ]\nutB [\n 1 2\n 3 4\n", 6, "utB"),
+    ("utA [\n 1 2 ]\nutB [", 4, "utB"),
+    ("utA [\n 1 2\n 3 4\nutB [\n 5 6 ]\n", 4, "utA"),
+    ("utA [\n 1 ] 2\n 3 4 ]\n", 2, "utA"),
+    ("utA [\n 1 2 ] utB [\n 3 4 ]\n", 2, "utA"),
+    ("utA [\n 1 2\n\n 3 4 ]\n", 3, "utA"),
+    ("utA  [ 1 2 3 ]\n", 1, "utA"),  # a vector
+    ("utA [\n 1 2 ]\nutB  [ 1 2 ]\n", 3, "utB"),
+    ("utA [\n 1 2 ]\nutB\n 1 2 ]\n", 3, "utB"),
+    ("utA [\n 1 2 ]\nutB [ ]\nutC [\n 1 2 ]\n", 4, "utB"),
+    ("utA [\n 1 2 ]\nutB [\n]\n", 4, "utB"),
+    ("utA [\n 1 2 ]\n 3 4 ]\n", 3, None),
+    ("utA [\n 1 2 ]\nutB\n1 2\n.\n", 3, "utB"),  # goes on as a dump
+]
+NO_NUMBERS = [
+    *["abc", "1.2.3", "1,5", "--1", "-", ".", "1e", "e5", "1d5", "1.5f", "0x1p3", "0x10", "1-2"],
+    *["1_0", "true", "null", '"1"', "{}", "[1]", "١", "nan", "-NaN", "inf", "-Infinity"],
+    *["1e39", "-3.4028236e38", "1e999"],  # more than float32 holds
+]
+
+
+@pytest.mark.parametrize("block_size", [1 << 22, 5])
+def test_bad_text_is_refused_by_line_and_utterance(tmp_path, monkeypatch, block_size):
+    monkeypatch.setattr(kaldi, "BLOCK_SIZE", block_size)
+    rows = [*BAD_DUMPS, *BAD_ARCHIVES]
+    for word in NO_NUMBERS:
+        rows += [(f"utA\n1 2\n{word} 2\n.\n", 3, "utA")]
+        rows += [(f"utA\n1 2\n3 4\n5 6\n.\n\nutB\n1 {word}\n.\n", 8, "utB")]
+        rows += [(f"utA [\n 1 2\n 3 4 ]\n\nutB [\n {word} 2\n 1 2 ]\n", 6, "utB")]
+    for text, line, utt in rows:
+        message = refusal(write(tmp_path / "bad feats", text))
+        blamed = re.match(r"bad feats:(\d+): ", message)
+        assert blamed and int(blamed[1]) == line, (text, message)
+        assert utt is None or re.search(rf"\b{utt}\b", message), (text, message)
+
+
+IDS = ["../utt", "..", ".", ".utt", "sub/utt", "/tmp/utt", "sub\\utt", "x" * 300]
+IDS += ["a\u2028b", "a\x85b", "a\x7fb", "a\u202eb"]  # line breaks and the like: for no console
+
+
+def test_ids_that_cannot_be_file_names_are_refused(tmp_path):
+    for utt in IDS:
+        utterances = {"good": exact(3), utt: exact(3)}
+        ark, scp = tmp_path / "feats.ark", tmp_path / "feats.scp"
+        kaldiio.save_ark(str(ark), utterances, scp=str(scp))
+        messages = [refusal(ark), refusal(scp)]
+        messages.append(refusal(write(tmp_path / "feats.txt", copy_feats_text(utterances))))
+        if utt != ".":  # in a dump it ends an utterance
+            messages.append(refusal(write(tmp_path / "feats", dump(utterances))))
+        places = [r"feats\.ark: byte \d+", r"feats\.scp:2", r"feats\.txt:5", "feats:6"]
+        for place, message in zip(places, messages):
+            assert re.match(f"{place}: ", message), message
+            assert repr(utt)[1:40] in message, message
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    for content in [
+        *[b"", b"\n\n \n", bytes(5000), b"a\0b\n1 2\n.\n", b"a\n1 2\n1 2\0\n.\n"],
+        *[b"utt\xff\xfe\n1 2\n.\n", b"a" * 3_000_000],
+    ]:
+        refusal(write(tmp_path / "strange.txt", content))
+
+
+def test_random_bytes_are_refused(tmp_path):
+    starts = [b"", b"utA ", b"utA \0B", b"utA \0BFM ", b"utA \0BCM ", b"utA [\n", b"utA\n", b"\n"]
+    for seed, start in enumerate(starts):
+        rubbish = start + np.random.default_rng(seed).bytes(3000)
+        for name in ("feats.ark", "feats.scp", "feats"):
+            refusal(write(tmp_path / name, rubbish))
+        refusal(write(tmp_path / "later.ark", by_kaldiio(SMALL) + rubbish))
+
+
+def test_text_without_the_end_of_an_utterance_is_not_read_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(kaldi, "BLOCK_SIZE", 1 << 10)
+    monkeypatch.setattr(kaldi, "MAX_UTTERANCE", 1 << 20)
+    source = write(tmp_path / "feats", "utA\n1 2\n.\nutB\n" + "1 2\n" * (1 << 20))
+    assert re.match(r"feats:4: .*1 MiB", refusal(source))
+
+
+def test_damaged_compression_is_refused(tmp_path):
+    raw = dump({f"u{i}": exact(40, 10, i) for i in range(20)})
+    for ending in (".xz", ".gz"):
+        whole = COMPRESS[ending](raw)
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 0xFF
+        contents = [whole[: len(whole) // 2], whole[:-3], whole[:9], whole[:5], b"", flipped]
+        contents += [COMPRESS[ending](b""), COMPRESS[ending](b"\n")]
+        contents.append(whole + whole[: len(whole) // 2])  # truncated in its second stream
+        for content in contents:
+            refusal(write(tmp_path / f"feats{ending}", bytes(content)))
+        # Whatever its name, whatever is in it.
+        refusal(write(tmp_path / "feats.txt", whole[:-3]))
+        refusal(write(tmp_path / "feats.ark", COMPRESS[ending](by_kaldiio(SMALL))[:-3]))
+        refusal(write(tmp_path / f"f.scp{ending}", COMPRESS[ending](b"utA a.ark:4\n")[:-3]))
+
+
+def test_no_file(tmp_path):
+    for source in (tmp_path, tmp_path / "missing.xz", tmp_path / "no" / "dump.txt"):
+        with pytest.raises(OSError, match=re.escape(str(source))):
+            read(source)
+
+
+# Bad archives -------------------------------------------------------------------------------------
+
+SMALL_ARCHIVES = {
+    "dump": dump(SMALL),
+    "text": copy_feats_text(SMALL),
+    "float": by_kaldiio(SMALL),
+    "double": doubles(SMALL),
+    **{f"CM{method}": by_kaldiio(SMALL, compression_method=method) for method in (2, 3, 5)},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL_ARCHIVES)
+def test_an_archive_cut_anywhere(tmp_path, kind):
+    """Between two utterances it is a shorter archive; at any other byte it is refused."""
+    whole, source = SMALL_ARCHIVES[kind], tmp_path / "cut"
+    truth = dict(read(write(source, whole)))  # compression loses something
+    assert list(truth) == list(SMALL)
+    starts, is_text = [whole.index(utt.encode()) for utt in SMALL], kind in ("dump", "text")
+    ends = [*starts[1:], len(whole)]
+    for size in range(len(whole)):
+        write(source, whole[:size])
+        if size in ends or (is_text and size + 1 in ends):  # which lacks but the last line feed
+            complete = sum(end <= size + is_text for end in ends)
+            assert_same(read(source), dict(list(truth.items())[:complete]))
+            continue
+        message = refusal(source)
+        utt, start = [pair for pair in zip(SMALL, starts) if pair[1] <= size][-1]
+        if size > start + 8:
+            place = r"cut:\d+" if is_text else f"cut: byte {start}"
+            assert re.match(f"{place}: utterance {utt}: ", message), (size, message)
+
+
+def test_every_damaged_byte_of_a_header(tmp_path):
+    """A UserError or frames (nobody can tell every damage), and never anything else."""
+    for kind in ("float", "double", "CM2", "CM3", "CM5"):
+        whole = SMALL_ARCHIVES[kind]
+        start = whole.index(b"utB")
+        for position in range(start, start + len("utB \0BCM3 ") + 16):
+            for value in (0, 1, 127, 255, whole[position] + 1 & 255):
+                damaged = bytearray(whole)
+                damaged[position] = value
+                try:
+                    found = read(write(tmp_path / "d.ark", bytes(damaged)))
+                except UserError as error:
+                    assert "d.ark" in str(error) and "\n" not in str(error)
+                else:
+                    assert all(f.ndim == 2 and f.size and np.isfinite(f).all() for _, f in found)
+
+
+def test_sizes_that_cannot_be(tmp_path):
+    for size in (2**31 - 1, -1, -2, 70000, 1 << 20):
+        number = size.to_bytes(4, "little", signed=True)
+        for kind in (b"FM", b"DM", b"CM", b"CM2", b"CM3"):
+            if kind.startswith(b"C"):
+                head = kind + b" " + np.float32([0, 1]).tobytes() + number + number
+            else:
+                head = kind + b" \4" + number + b"\4" + number
+            assert "utA" in refusal(write(tmp_path / "d.ark", b"utA \0B" + head + bytes(100)))
+
+
+def test_archives_of_anything_but_matrices_are_refused(tmp_path):
+    marker, sound = tmp_path / "marker", (16000, np.arange(800, dtype=np.int16))
+    objects = np.array([[Hostile(marker)] * 2] * 3, dtype=object)
+    whole = by_kaldiio(SMALL)
+    for payload in [
+        *[by_kaldiio({"utX": np.ones(8, kind)}) for kind in ("float32", "float64", "int32")],
+        *[by_kaldiio({"utX": x}, write_function="numpy") for x in (exact(4), objects)],
+        *[by_kaldiio({"utX": x}, write_function="pickle") for x in (exact(4), Hostile(marker))],
+        b"utX PKLcos\nsystem\n(S'touch " + os.fsencode(marker) + b"'\ntR.",
+        by_kaldiio({"utX": sound}),
+        by_kaldiio({"utX": sound}, write_function="soundfile", write_kwargs={"format": "flac"}),
+    ]:
+        refusal(write(tmp_path / "first.ark", payload))
+        later = write(tmp_path / "later.ark", whole + payload)
+        assert "utX" in refusal(later)
+        scp = write(tmp_path / "feats.scp", f"utX {later}:{len(whole) + 4}\n")
+        assert "feats.scp:1: utterance utX" in refusal(scp)
+        assert not marker.exists()
+
+
+def test_bad_matrices_are_refused(tmp_path):
+    nan, infinite = exact(40), exact(3).astype(np.float64)
+    nan[35, 1], infinite[2, 0] = np.nan, -np.inf
+    for matrix, reason in [
+        (nan, "frame 35"),
+        (infinite, "frame 2"),
+        (np.full((2, 5), 1e39), "frame 0: .*float32"),
+        (np.zeros((0, 5), np.float32), "shape"),
+        (np.zeros((5, 0), np.float32), "shape"),
+        (np.zeros((0, 0)), "shape"),
+    ]:
+        ark, scp = tmp_path / "feats.ark", tmp_path / "feats.scp"
+        kaldiio.save_ark(str(ark), {"utA": exact(3), "utX": matrix, "utZ": exact(4)}, scp=str(scp))
+        assert re.search(rf"byte \d+: utterance utX: .*{reason}", refusal(ark))
+        assert re.search(rf"feats\.scp:2: utterance utX: .*{reason}", refusal(scp))
+
+
+# Bad lists ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """-> (an archive of SMALL, the offset of utB's matrix)."""
+    whole = by_kaldiio(SMALL)
+    return write(tmp_path / "feats.ark", whole), whole.index(b"utB") + 4
+
+
+def test_a_pipe_in_an_scp_never_runs(tmp_path, archive):
+    marker, (ark, offset) = tmp_path / "marker", archive
+    for target in [
+        *["touch {0} |", "touch {0}|", "touch {0} | ", "touch {0} |\t \t", "touch {0} |  \r"],
+        *["| touch {0}", "  |touch {0}", "\t| touch {0}", "touch {0}; cat {1} |", "|touch {0}|"],
+        *["touch {0} |:15", "touch {0} | [0:1]", "touch {0}; cat {1} | :0", "| touch {0}:15"],
+        *["$(touch {0})", "`touch {0}`", "{1}; touch {0}", "{1} && touch {0}", "<(touch {0})"],
+    ]:
+        target = target.format(marker, ark)
+        message = refusal(write(tmp_path / "f.scp", f"utA {ark}:{offset}\nutX {target}\n"))
+        assert "f.scp:2: utterance utX: " in message, message
+        if target.strip().endswith("|") or target.strip().startswith("|"):
+            assert "is a pipe" in message and "copy-feats" in message
+    with pytest.raises(FileNotFoundError):  # nor is one given as the source itself
+        read(f"touch {marker} |")
+    assert not marker.exists()
+
+
+def test_bad_offsets(tmp_path, archive):
+    (ark, offset), whole = archive, by_kaldiio(SMALL)
+    good = [whole.index(utt.encode()) + 4 for utt in SMALL]
+    numbers = [bad for bad in range(len(whole) + 2) if bad not in good] + [10**17, 10**30]
+    for bad in [*numbers, -5, "", "x", "1.5", "1e3", "0x10", " 4", "٣"]:
+        scp = write(tmp_path / "f.scp", f"utA {ark}:{offset}\nutX {ark}:{bad}\n")
+        assert "f.scp:2: utterance utX: " in refusal(scp)
+
+
+def test_bad_lines_of_an_scp(tmp_path, archive):
+    ark, offset = archive
+    for bad in [
+        *[f"utX {ark}:{offset}[0:1]", f"utX {ark}:{offset}[0:1,0:1]", f"utX {ark}[0:1]"],
+        *["utX", "utX ", "utX\t\t", f"utX {ark}", f"utX {tmp_path}", "utX gone.ark:15"],
+        *["utX -", "utX -:4", f"utX ark:{ark}", f"utX {ark}\0:15", "utX [0:1]", "utX :15"],
+    ]:
+        message = refusal(write(tmp_path / "f.scp", f"utA {ark}:{offset}\n{bad}\n"))
+        assert "f.scp:2: utterance utX: " in message, message
+        assert "gone" not in bad or ("gone.ark" in message and "relative" in message)
+    for content in (b"", b"\n\n", b"  \n", gzip.compress(b""), by_kaldiio(SMALL), dump(SMALL)):
+        refusal(write(tmp_path / "f.scp", content))
+
+
+def test_the_archive_of_an_scp_is_truncated(tmp_path):
+    ark, scp = tmp_path / "feats.ark", tmp_path / "feats.scp"
+    kaldiio.save_ark(str(ark), SMALL, scp=str(scp))
+    whole = ark.read_bytes()
+    for size in range(whole.index(b"utB") + 1, len(whole)):
+        write(ark, whole[:size])
+        assert re.search(r"feats\.scp:[23]: utterance ut[BC]: .*feats\.ark", refusal(scp))
+
+
+# utt2spk ------------------------------------------------------------------------------------------
+
+
+def test_utt2spk(tmp_path):
+    path = write(tmp_path / "utt2spk", b"84-1 84\n\xe9-2\t spk\xe9\nu x")
+    speakers = {os.fsdecode(b"\xe9-2"): os.fsdecode(b"spk\xe9"), "84-1": "84", "u": "x"}
+    assert kaldi.read_utt2spk(path) == speakers
+    rubbish = b"a b\n" + np.random.default_rng(0).bytes(500)
+    for content, line in [(b"a\n", 1), (b"a x\nb x y\n", 2), (b"a x\n\nb x\n", 2), (rubbish, 2)]:
+        with pytest.raises(UserError, match=rf"utt2spk:{line}: "):
+            kaldi.read_utt2spk(write(path, content))
