@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.dtype != "float32":
             parser.error("--format ark: Kaldi has no float16: leave --dtype float32")
         if args.resume:
-            parser.error("--format ark cannot be resumed: extract again, or use --format npy")
+            parser.error("--format ark cannot be resumed: extract anew, or use --format npy")
         if not re.fullmatch(r"[^,\ud800-\udfff]+", os.path.abspath(args.save_dir)):
             parser.error(f"--format ark: --save_dir {args.save_dir!r}: its path has a comma")
     return args
@@ -264,8 +264,6 @@ class ArkWriter:
         self.helper = kaldiio.WriteHelper(f"ark,scp:{self.path}.ark,{self.path}.scp.part")
 
     def write(self, utt_id: str, features: Tensor) -> None:
-        if re.search(r"[\s\ud800-\udfff]", utt_id):
-            raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
         self._write(self.helper, utt_id, features.numpy())
 
     def close(self) -> None:
@@ -275,7 +273,7 @@ class ArkWriter:
         try:
             function(*args)
         except OSError as error:
-            raise UserError(f"{self.path}.ark: {error.strerror}") from None
+            raise UserError(f"{self.path}.ark or .scp: {error.strerror}") from None
 
 
 def join_scps(save_dir: str) -> None:
@@ -318,8 +316,8 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
     there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
     if there:
         raise UserError(
-            f"{args.save_dir}: holds files like {there[0]}: choose another --save_dir, or "
-            "--resume what was begun there"
+            f"{args.save_dir}: holds files like {there[0]}: choose another --save_dir"
+            f"{'' if args.format == 'ark' else ', or --resume what was begun there'}"
         )
     write_json({"checkpoint": args.checkpoint} | about, path)
 
@@ -389,6 +387,9 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     source = open_source(args, model, training_data(config, args.checkpoint))
     dataset = Utterances([source])
     num_frames = dataset.num_frames
+    for utt_id in dataset.ids if args.format == "ark" else ():
+        if re.search(r"[\s\ud800-\udfff]", utt_id):
+            raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
     if rank == 0:
         open_save_dir(args, model)
     wait_for_others(world_size)

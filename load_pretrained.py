@@ -196,7 +196,7 @@ def training_data(config: dict, name: str) -> dict | None:
         if cmvn not in CMVN_KINDS:
             raise ValueError(f"cmvn {cmvn!r}")
         if from_audio or first.get("fbank") is not None:
-            fbank = fbank_settings(first["fbank"])
+            fbank = fbank_settings(dict(first["fbank"]))
         if from_audio and cmvn == "global":
             stats = np.array(first["cmvn_stats"], np.float64)
             if stats.shape != (2, fbank["num_mel_bins"] + 1) or not stats[0, -1] >= 1:

@@ -124,30 +124,34 @@ def open_source(args: argparse.Namespace) -> Source:
 
 # The target ---------------------------------------------------------------------------------------
 
-OUR_FILES = (".pt", "lengths.pkl", "prepared.json", "skipped.txt")
-OUR_FILES += tuple(f"{name}.tmp" for name in OUR_FILES)
+
+def is_ours(name: str) -> bool:
+    name = name.removesuffix(".tmp")
+    return name.endswith(".pt") or name in ("lengths.pkl", "prepared.json", "skipped.txt")
 
 
 def open_save_dir(args: argparse.Namespace) -> None:
     """Make save_dir ready for a new set; UserError rather than lose anything."""
     save_dir = args.save_dir
     os.makedirs(save_dir, exist_ok=True)
-    names = os.listdir(save_dir)
-    ours = [name for name in names if name.endswith(OUR_FILES)]
-    tensors = [name for name in ours if name.endswith(".pt")]
-    if datasets.is_finished(save_dir) and not args.overwrite:
-        raise UserError(
-            f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
-        )
-    # A set that this script began may be begun again, if nothing else can be lost with it.
-    others = sorted(set(names) - set(ours))
-    begun = "source" in (datasets.read_prepared(save_dir) or {}) and not others
-    if tensors and not begun and not args.overwrite:
-        raise UserError(
-            f"{save_dir}: holds files like {(others or tensors)[0]} that are not of an unfinished "
-            "set: choose another --save_dir, or --overwrite"
-        )
-    for name in sorted(ours, key=lambda name: name != "lengths.pkl"):  # first: the set is none now
+    names = sorted(os.listdir(save_dir))
+    ours = [name for name in names if is_ours(name)]
+    if not args.overwrite:
+        if datasets.is_finished(save_dir):
+            raise UserError(
+                f"{save_dir}: holds a finished set: choose another --save_dir, or --overwrite it"
+            )
+        # A set that this script began may be begun again, if nothing else can be lost with it.
+        others = [name for name in names if not is_ours(name)]
+        tensors = [name for name in ours if name.endswith(".pt")]
+        if tensors and (others or "source" not in (datasets.read_prepared(save_dir) or {})):
+            raise UserError(
+                f"{save_dir}: holds files like {(others or tensors)[0]} that are not of an "
+                "unfinished set: choose another --save_dir, or --overwrite"
+            )
+    # At any time the folder is finished, or can be begun again.
+    order = {"lengths.pkl": 0, "prepared.json": 2}
+    for name in sorted(ours, key=lambda name: order.get(name, 1)):
         os.remove(os.path.join(save_dir, name))
 
 
@@ -236,9 +240,8 @@ class Set:
             self.stats[group] = self.stats.get(group, 0) + stats
 
 
-def first_pass(source: Source, args: argparse.Namespace) -> Set:
+def first_pass(source: Source, args: argparse.Namespace, utt2spk: dict | None) -> Set:
     """Write the tensors as they are (with CMVN by utterance, as they will be)."""
-    utt2spk = kaldi.read_utt2spk(args.utt2spk) if args.utt2spk else None
     utterances = Set({}, {}, {}, source.skipped)
     write = partial(
         write_utterances, save_dir=args.save_dir, max_seq_len=args.max_seq_len, cmvn=args.cmvn
@@ -267,6 +270,7 @@ def second_pass(utterances: Set, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    utt2spk = kaldi.read_utt2spk(args.utt2spk) if args.utt2spk else None
     source = open_source(args)
     open_save_dir(args)
     prepared = {
@@ -284,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         f"preparing {prepared['path']} ({source.name}), CMVN: {args.cmvn}, tensors of "
         f"{args.max_seq_len} frames, {args.num_workers} processes -> {args.save_dir}"
     )
-    utterances = first_pass(source, args)
+    utterances = first_pass(source, args, utt2spk)
     if not utterances.lengths:
         raise UserError(f"{prepared['path']}: no utterance is left: {utterances.skipped[0]}")
     if args.cmvn in ("speaker", "global"):

@@ -200,7 +200,7 @@ def plot_prediction(target, predicted, n, utt_id):
     for axes, frames, title in zip(rows, (target, predicted), titles):
         extent = (n / 100, (n + len(frames)) / 100, -0.5, frames.size(1) - 0.5)
         where = {"extent": extent, "origin": "lower", "aspect": "auto"}
-        image = axes.imshow(frames.T, **where, vmin=low, vmax=high, cmap="magma")
+        image = axes.imshow(frames.T.numpy(), **where, vmin=low, vmax=high, cmap="magma")
         axes.set(title=title, ylabel="mel channel")
     rows[1].set_xlabel("time (s)")
     label = "log energy (standard deviations from the mean)"

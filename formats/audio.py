@@ -33,7 +33,9 @@ FULL_SCALE = 32768.0  # soundfile scales samples to [-1, 1); Kaldi takes 16-bit 
 ORIGINAL = {
     "full_scale": FULL_SCALE,
     "dither": 0.0,  # standard deviation of the added noise, in steps of 16-bit samples
+    "preemph_coeff": 0.97,
     "window_type": "hamming",
+    "blackman_coeff": 0.42,
     "num_mel_bins": 80,
     "use_energy": False,
     "htk_compat": True,

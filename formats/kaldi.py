@@ -5,10 +5,10 @@ yields `Utterance`s. So the reading is serial and cheap, and the parsing is para
 
 What a file is follows from its ending and its first bytes, never from trying:
 
-    text dump       "utt_id\\n", a line of decimals a frame, ".\\n"      (the original release)
-    text archive    "utt_id  [\\n", a line of decimals a frame, the last one ends with "]"
+    text dump       "utt_id\\n", a line of decimals for each frame, ".\\n"  (the original release)
+    text archive    "utt_id  [\\n", a line of decimals for each frame, the last ends with "]"
     binary archive  "utt_id \\0B" and a matrix of floats, doubles, or compressed
-    .scp            "utt_id file:offset" a line
+    .scp            "utt_id file:offset" on each line
 """
 
 import contextlib
@@ -21,14 +21,15 @@ import re
 import struct
 import sys
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simdjson
 
 from utils import UserError, check_utt_id, quote
 
-BLOCK_SIZE = 1 << 22  # bytes of text a job
+BLOCK_SIZE = 1 << 22  # bytes of text for each job
 MAX_UTTERANCE = 1 << 30  # bytes of text; without the end of an utterance in this, it is not a dump
 END_OF_UTTERANCE = {
     ".": re.compile(rb"\n[ \t]*\.[ \t\r]*\n"),
@@ -70,7 +71,7 @@ class _Rejoined(io.RawIOBase):
         return len(data)
 
 
-def look_ahead(stream, size):
+def look_ahead(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
     """-> (the first bytes of a stream, the stream with them), however slowly a pipe gives them."""
     if isinstance(stream, io.BufferedReader) and stream.seekable():  # faster than to rejoin
         start = stream.tell()
@@ -81,7 +82,7 @@ def look_ahead(stream, size):
     return head, io.BufferedReader(_Rejoined(head, stream))
 
 
-def open_input(path):
+def open_input(path: str) -> tuple[BinaryIO, BinaryIO]:
     """Open a plain, .xz or .gz file or standard input (`-`) -> (raw, content) binary streams.
 
     Compression is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
@@ -98,10 +99,10 @@ def open_input(path):
     return raw, content
 
 
-def read_kaldi(path):
+def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     """Kaldi's features of any kind -> (kind, size in bytes or None, generator of (position, job)).
 
-    `position` counts the bytes read so far, of `size`. The kinds stand at the top of this module.
+    `position` counts the bytes read so far, of `size`. The kinds are at the top of this module.
 
     Raises (also from the generator, or from a job):
         UserError: what is wrong, with file:line (text) or file and byte (binary), and utterance.
@@ -148,7 +149,7 @@ def _damage(name):
         raise UserError(f"{name}: compressed data truncated or damaged: {error}") from None
 
 
-def text_jobs(stream, name, end_mark, is_file):
+def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iterator[tuple]:
     """Cut a text dump or archive into blocks of whole utterances -> (bytes, job).
 
     If the stream is the file of that name, as it is, jobs read their blocks themselves: that is
@@ -160,7 +161,7 @@ def text_jobs(stream, name, end_mark, is_file):
     while True:
         new = stream.read(size)
         if b"\0" in new:
-            raise UserError(f"{name}: expected text, found binary data: this is no text dump")
+            raise UserError(f"{name}: expected text, found binary data: this is not a text dump")
         block = rest + new
         if not new:
             break
@@ -188,7 +189,9 @@ def text_jobs(stream, name, end_mark, is_file):
         yield len(block), functools.partial(parse_text, block, line, name, end_mark)
 
 
-def parse_part(offset, size, first_line, name, end_mark):
+def parse_part(
+    offset: int, size: int, first_line: int, name: str, end_mark: str
+) -> Iterator[Utterance]:
     """parse_text() of the `size` bytes at `offset` of the file `name`."""
     with open(name, "rb") as file:
         file.seek(offset)
@@ -196,11 +199,11 @@ def parse_part(offset, size, first_line, name, end_mark):
     return parse_text(block, first_line, name, end_mark)
 
 
-def parse_text(block, first_line, name, end_mark):
+def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator[Utterance]:
     """Bytes of a text dump or archive, which start at line `first_line` of it -> utterances.
 
     Raises:
-        UserError: what stands there is no utterance.
+        UserError: they are not utterances.
     """
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
@@ -272,8 +275,8 @@ def _parse_fast(body):
     return frames.reshape(len(rows), -1)
 
 
-def to_float32(frames):
-    """A matrix -> (the same in float32, the index of its first NaN or infinity or None)."""
+def to_float32(frames: np.ndarray) -> tuple[np.ndarray, tuple | None]:
+    """A matrix -> (the same in float32, the index of its first NaN or infinity, if any)."""
     with np.errstate(over="ignore", invalid="ignore"):
         frames = np.ascontiguousarray(frames, dtype=np.float32)
     finite = np.isfinite(frames)
@@ -320,7 +323,7 @@ def _is_number(word):
     return b"_" not in word  # 1_000 is Python's alone
 
 
-def ark_jobs(stream, name):
+def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
     """A binary archive -> (bytes, job of some utterances)."""
     job, size, position = [], 0, 0
     while head := stream.read(1):
@@ -340,12 +343,12 @@ def ark_jobs(stream, name):
         yield size, functools.partial(read_already, job)
 
 
-def read_already(utterances):
+def read_already(utterances: list[Utterance]) -> Iterator[Utterance]:
     """The job of an archive, whose matrices cannot be found without reading them."""
     yield from utterances
 
 
-def read_matrix(stream, where):
+def read_matrix(stream: BinaryIO, where: str) -> tuple[np.ndarray, int]:
     """Kaldi's binary matrix at a stream's position -> (float32 (T, D), bytes read)."""
     from kaldiio.matio import read_matrix_or_vector
 
@@ -370,7 +373,7 @@ def read_matrix(stream, where):
     return frames, matrix.count
 
 
-def scp_jobs(stream, name):
+def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
     """An .scp -> (bytes, job of some lines). Refuses pipes: they would run a command."""
     job, size = [], 0
     for number, line in enumerate(stream, start=1):
@@ -400,7 +403,7 @@ def scp_jobs(stream, name):
         yield size, functools.partial(read_scp_lines, job)
 
 
-def read_scp_lines(lines):
+def read_scp_lines(lines: list[tuple]) -> Iterator[Utterance]:
     """[(utterance id, file, offset, where)] -> utterances."""
     file, opened = None, None
     try:
@@ -426,7 +429,7 @@ def read_scp_lines(lines):
             file.close()
 
 
-def read_utt2spk(path):
+def read_utt2spk(path: str | os.PathLike) -> dict[str, str]:
     """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
     speakers = {}
     with open(path, "rb") as file:

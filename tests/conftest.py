@@ -148,7 +148,7 @@ PLAIN = [
     *("--device", "cpu", "--load_data_workers", 0),
 ]
 FULL = [  # with all that a resumed run could get wrong
-    *(*PLAIN, "--load_data_workers", 2, "--rnn_dropout", 0.3),
+    *(*PLAIN, "--load_data_workers", 1, "--rnn_dropout", 0.3),
     *("--prenet_num_layers", 1, "--prenet_dropout", 0.2),
 ]
 

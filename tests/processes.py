@@ -47,7 +47,17 @@ class Server:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, script, *args, env=None, cwd=None, crash=None, file_limit=None, record=None):
+    def start(
+        self,
+        script,
+        *args,
+        env=None,
+        cwd=None,
+        crash=None,
+        file_limit=None,
+        slow_disk=0,
+        record=None,
+    ):
         """Run a script of the repository, or torchrun.
 
         Args:
@@ -56,6 +66,7 @@ class Server:
             crash: (pattern, number, "before" or "after"): SIGKILL the process when it renames
                 something to a name that matches the pattern, or removes it, for that time.
             file_limit: bytes that a file may have, as with a quota.
+            slow_disk: seconds that each os.fsync takes.
             record: the file that receives what the model was fed, if the process ends by itself: a
                 list of (training, inputs, lengths).
         """
@@ -70,6 +81,7 @@ class Server:
             cwd=str(cwd or self.folder),
             crash=crash,
             file_limit=file_limit,
+            slow_disk=slow_disk,
             record=str(record or ""),
         )
         self.processes.append(Process(self, pid, output))
@@ -199,7 +211,7 @@ def until(condition, process, timeout=40):
         if time.monotonic() > end:
             process.kill()
             raise AssertionError(f"waited for {timeout} s in vain:\n{process.stderr}")
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 
 def children(pid):
@@ -271,6 +283,9 @@ def become(order):
         crash_at(*order["crash"])
     if order["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"],) * 2)
+    if order["slow_disk"]:
+        fsync = os.fsync
+        os.fsync = lambda file: (time.sleep(order["slow_disk"]), fsync(file))
     if order["record"]:
         record_forward(order["record"])
     sys.argv = [order["script"], *order["args"]]

@@ -215,13 +215,14 @@ def test_every_kind_of_file_gives_its_16_bit_integers(tmp_path):
         assert read.dtype == np.float32 and np.array_equal(read, samples), kw
 
 
-def test_wav_of_another_writer_with_a_chunk_after_the_samples(tmp_path):
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+def test_wav_of_another_writer_with_other_chunks_around_the_samples(tmp_path):
+    path, samples = tmp_path / "a.wav", speech()[:1001]
+    with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", None))
-        file.writeframes(speech()[:1001].tobytes())
-    with open(tmp_path / "a.wav", "ab") as file:
-        file.write(b"LIST" + struct.pack("<I", 4) + b"INFO")
-    assert np.array_equal(read_audio(tmp_path / "a.wav", RATE), speech()[:1001])
+        file.writeframes(samples.tobytes())
+    content, chunk = path.read_bytes(), b"LIST" + struct.pack("<I", 5) + b"INFO?\0"  # 5, and a pad
+    path.write_bytes(content[:36] + chunk + content[36:] + chunk)
+    assert np.array_equal(read_audio(path, RATE), samples)
 
 
 def refused(path, reason):

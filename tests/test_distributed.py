@@ -1,10 +1,7 @@
 """train.py in several processes: losses as of one process, signals, kills, exact resumption."""
 
-import contextlib
 import os
-import re
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,17 +17,7 @@ from conftest import (
     same,
     until_step,
 )
-from processes import ROOT, children, error_line, until
-
-SLOW_DISK = """
-import os, time
-fsync = os.fsync
-def slow(file):
-    if os.path.exists(os.environ["SLOW_IF"]):
-        time.sleep(0.7)
-    fsync(file)
-os.fsync = slow
-"""
+from processes import ROOT, error_line
 
 
 def all_succeeded(processes):
@@ -48,45 +35,20 @@ def assert_follows(path, reference):
     assert names[0] == names[1]
 
 
-def torchrun(server, *args, **kw):
-    launch = ["--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    return server.start("torchrun", *launch, *PLAIN, *args, **kw)
-
-
-def rank_0(launcher):
-    """The id of the process of rank 0 that torchrun has started."""
-    for pid in children(launcher.pid):
-        with contextlib.suppress(OSError):
-            if re.search(rb"(^|\0)RANK=0\0", Path(f"/proc/{pid}/environ").read_bytes()):
-                return pid
-
-
 def test_torchrun_follows_one_process(server, place, one):
+    """The real torchrun, whose processes start workers of their own."""
     flags, path = place("two-padded")
-    launcher = torchrun(server, *flags, "--load_data_workers", 1).wait(60)
-    assert launcher.returncode == 0, launcher.stderr
-    assert launcher.stderr.count("INFO - Epoch: 1 ") == 1, launcher.stderr
+    launch = ["--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    flags += ["--load_data_workers", 1]
+    process = server.start("torchrun", *launch, *PLAIN, *flags).wait(120)
+    all_succeeded([process])
+    assert process.stderr.count("INFO - Epoch: 1 ") == 1, process.stderr
     assert_follows(path, one["padded"])
     assert len(list(path.glob("*.tb_log/*"))) == 1
     ours, theirs = models(path), models(one["padded"])
     for name, model in ours.items():
         assert model.keys() == theirs[name].keys()
         assert all(torch.allclose(model[key], theirs[name][key], atol=1e-4) for key in model)
-
-
-def test_torchrun_and_a_signal_to_one_process(server, place, one, tmp_path):
-    """torchrun then sends SIGTERM to the other one, which still saves: the disk is slow."""
-    flags, path = place("signal")
-    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    env = {"PYTHONPATH": tmp_path, "SLOW_IF": tmp_path / "slow"}
-    launcher = torchrun(server, *flags, env=env)
-    until(lambda: len(metrics(path)[0]) > 2 if (path / "metrics.jsonl").exists() else 0, launcher)
-    (tmp_path / "slow").touch()
-    os.kill(rank_0(launcher), signal.SIGTERM)
-    assert launcher.wait(60).returncode != 0
-    assert last(path)["state"]["step"] == len(metrics(path)[0]) < STEPS, launcher.stderr
-    all_succeeded([server.run("train.py", *PLAIN, *flags, "--resume")])
-    assert_follows(path, one["padded"])
 
 
 def test_masked_padding_and_accumulated_steps_follow_one_process(server, place, one):
@@ -97,15 +59,22 @@ def test_masked_padding_and_accumulated_steps_follow_one_process(server, place, 
 
 
 def test_any_number_of_processes_goes_on(server, place, one):
-    """One; then three and two, of which the last gets a signal; and one to the end."""
+    """One; then three and two, of which the last gets a signal; and one to the end.
+
+    As torchrun does when a process has ended, SIGTERM is sent to the others: the first one saves
+    all the same, although the disk is slow.
+    """
     flags, path = place("any-number")
     flags = [*PLAIN, *flags, "--resume"]
     all_succeeded([server.run("train.py", *flags, "--max_steps", 4)])
     for world_size, step in ((3, 7), (2, 14)):
-        processes = server.start_ranks("train.py", *flags, world_size=world_size)
-        until_step(step, processes[0], path)
-        os.kill(processes[-1].pid, signal.SIGUSR1)
-        for process in processes:
+        ranks = server.start_ranks("train.py", *flags, world_size=world_size, slow_disk=0.3)
+        until_step(step, ranks[0], path)
+        os.kill(ranks[-1].pid, signal.SIGUSR1)
+        ranks[-1].wait()
+        for process in ranks[:-1]:
+            os.kill(process.pid, signal.SIGTERM)
+        for process in ranks:
             assert process.wait().returncode == 128 + signal.SIGUSR1, process.stderr
             assert "Traceback" not in process.stderr
         assert last(path)["state"]["step"] == len(metrics(path)[0]) < STEPS

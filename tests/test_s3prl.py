@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -65,8 +66,8 @@ class S3prlAPC(nn.Module):
 
 
 @torch.no_grad()
-def s3prl_hidden_states(model, samples, sound):
-    """int16 (samples,) -> the last layer's outputs (T, H), by s3prl's features.
+def s3prl_outputs(model, samples, sound):
+    """int16 (samples,) -> predictions (T, D), the last layer's outputs (T, H), by s3prl's features.
 
     Those are Kaldi's, of samples in [-1, 1] (so that energies are 2^30 times smaller, but the floor
     under them is the same), with CMVN by utterance or none.
@@ -75,8 +76,8 @@ def s3prl_hidden_states(model, samples, sound):
     frames = reference_fbank(samples / 32768, bins=sound["feat_dim"], **options)
     if sound["cmvn"]:
         frames = (frames - frames.mean(axis=0)) / (1e-10 + frames.std(axis=0, ddof=1))
-    frames = torch.from_numpy(frames).float()[None]
-    return model(frames, torch.tensor([frames.size(1)]))[1][-1, 0]
+    predicted, reps = model(torch.from_numpy(frames).float()[None], torch.tensor([len(frames)]))
+    return predicted[0], reps[-1, 0]
 
 
 # Helpers ------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_audio_to_features_as_s3prl_does(tmp_path, extract, sound):
     wav = write(tmp_path / "a.wav", samples)
     got, warnings = extract(tmp_path / "apc.ckpt", wav, tmp_path / "features")
     assert not warnings, "the file says how its features are made"
-    expected = s3prl_hidden_states(theirs, samples, sound)
+    _, expected = s3prl_outputs(theirs, samples, sound)
     # The variance over T or T - 1 frames: s3prl takes the latter.
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
 
@@ -386,16 +387,20 @@ def test_last_ckpt_tells_its_training_data(tmp_path, convert):
 
 
 @pytest.mark.parametrize("cmvn", ["utterance", "none"])
-def test_an_exported_model_gives_the_same_features_in_s3prl(tmp_path, convert, extract, cmvn):
-    """From audio: s3prl's features and model, against extract_features.py."""
-    our_model(tmp_path / "foo.model", trained_on(cmvn, num_mel_bins=40), mel_dim=40)
+def test_an_exported_model_gives_the_same_in_s3prl(tmp_path, convert, extract, cmvn):
+    """From audio: s3prl's features and model, against extract_features.py and the reference."""
+    ours = our_model(tmp_path / "foo.model", trained_on(cmvn, num_mel_bins=40), mel_dim=40)
     assert not convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
     noise = np.random.default_rng(1).integers(-500, 501, 19200)
     samples = (speech(1.2) // 2 + noise).astype(np.int16)  # nowhere silent: the floors differ
     got, _ = extract(tmp_path / "foo.model", write(tmp_path / "a.wav", samples), tmp_path / "f")
     theirs, sound = from_export(tmp_path / "foo.ckpt")
-    expected = s3prl_hidden_states(theirs, samples, sound)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+    predicted, hidden = s3prl_outputs(theirs, samples, sound)
+    torch.testing.assert_close(got, hidden, rtol=0, atol=0.02)
+    if cmvn == "none":  # its log energies, and so its predictions, are smaller by a constant
+        frames = torch.from_numpy(reference_fbank(samples, bins=40)).float()[None]
+        expected = ours(frames, torch.tensor([frames.size(1)]))[0][0] - 2 * math.log(32768)
+        torch.testing.assert_close(predicted, expected, rtol=0, atol=0.001)
 
 
 @pytest.mark.parametrize(

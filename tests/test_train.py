@@ -132,8 +132,8 @@ def whole(server, corpus, tmp_path_factory):
     """
     work = tmp_path_factory.mktemp("whole")
     (work / "corpus").symlink_to(corpus.path)
-    flags = [*FULL, "--librispeech_path", "corpus", "--store_path", "runs/here"]
-    flags += ["--experiment_name", "first.try"]
+    flags = [*FULL, "--load_data_workers", 2, "--librispeech_path", "corpus"]
+    flags += ["--store_path", "runs/here", "--experiment_name", "first.try"]
     process = server.run("train.py", *flags, cwd=work, record=work / "fed")
     path = work / "runs/here/first.try.dir"
     return SimpleNamespace(path=path, process=succeeded(process), flags=flags, work=work)
@@ -430,7 +430,7 @@ REFUSED = {  # name: (flags, words of the error)
     **{f"misfit-{name}": (f"--init_checkpoint {{}}/{name}", MISFITS[name][1]) for name in MISFITS},
     "init-text": ("--init_checkpoint {}/text", "text: not a file of plain tensors"),
     "init-hostile": ("--init_checkpoint {}/hostile", "open, which is not plain data"),
-    "init-nan": ("--init_checkpoint {}/nan", "nan: the weights are not finite"),
+    "init-nan": ("--init_checkpoint {}/nan", "nan: its weights are not finite"),
     "init-nowhere": ("--init_checkpoint {}/nowhere", "No such file or directory: '{}/nowhere'"),
     "width": ("--feature_dim 9", "have 8 numbers, but --feature_dim is 9"),
     "width-of-valid": ("--valid_split wide", "wide: its frames have 9 numbers"),
@@ -532,7 +532,7 @@ def killed(server, place):
     crash("__epoch_2.model", 1, "after", save_steps=2)  # between two epochs
     crash("last.ckpt$", 2, "before", save_steps=2)  # when it is written, but has no name yet
     kill(os.killpg, 17, save_steps=1)
-    succeeded(server.run("train.py", *flags, "--load_data_workers", 1))
+    succeeded(server.run("train.py", *flags))
     return path
 
 
