@@ -56,6 +56,7 @@ class Server:
         crash=None,
         file_limit=None,
         slow_disk=0,
+        cores=1,
         record=None,
     ):
         """Run a script of the repository, or torchrun.
@@ -67,6 +68,7 @@ class Server:
                 something to a name that matches the pattern, or removes it, for that time.
             file_limit: bytes that a file may have, as with a quota.
             slow_disk: seconds that each os.fsync takes.
+            cores: how many PyTorch is to use.
             record: the file that receives what the model was fed, if the process ends by itself: a
                 list of (training, inputs, lengths).
         """
@@ -82,6 +84,7 @@ class Server:
             crash=crash,
             file_limit=file_limit,
             slow_disk=slow_disk,
+            cores=cores,
             record=str(record or ""),
         )
         self.processes.append(Process(self, pid, output))
@@ -273,6 +276,8 @@ def serve():
 
 def become(order):
     """Turn this process into the run that was ordered."""
+    import torch.distributed.run
+
     os.setsid()
     files = [(0, "/dev/null"), (1, f"{order['output']}.stdout"), (2, f"{order['output']}.stderr")]
     for number, name in files:
@@ -286,13 +291,12 @@ def become(order):
     if order["slow_disk"]:
         fsync = os.fsync
         os.fsync = lambda file: (time.sleep(order["slow_disk"]), fsync(file))
+    torch.set_num_threads(order["cores"])
     if order["record"]:
         record_forward(order["record"])
     sys.argv = [order["script"], *order["args"]]
     try:
         if order["script"] == "torchrun":
-            import torch.distributed.run
-
             torch.distributed.run.main()
         else:
             runpy.run_path(str(ROOT / order["script"]), run_name="__main__")

@@ -299,32 +299,27 @@ def test_another_seed_gives_other_weights_and_another_order(server, place, whole
     assert ours != theirs
 
 
-@pytest.fixture(scope="module")
-def variants(server, place):
-    jobs = {"bf16": ["--precision", "bf16"], "fp16": ["--precision", "fp16"]}
-    for parts in (1, 4):
-        flags = ["--batch_size", 6, "--epochs", 1, "--accumulate_steps", parts]
-        jobs |= {f"padded-{parts}": flags, f"masked-{parts}": [*flags, "--mask_padding"]}
-    jobs = {name: [*PLAIN, *place(name)[0], *flags] for name, flags in jobs.items()}
-    return server.run_all("train.py", jobs)
-
-
-@pytest.mark.parametrize("kind", ["padded", "masked"])
-def test_accumulated_batches_equal_whole_ones(variants, place, kind):
-    """Batches of 6 and 3, whose parts differ in frames."""
-    names = (f"{kind}-1", f"{kind}-4")
-    paths = [place(name)[1] for name in names if succeeded(variants[name])]
-    whole, parts = (models(path)["epoch_1"] for path in paths)
-    for name in whole:
-        assert torch.allclose(whole[name], parts[name], atol=1e-5, rtol=0)
-    assert_close_losses(*paths, tolerance=1e-5)
+@pytest.mark.parametrize("flags", [[], ["--mask_padding"]], ids=["padded", "masked"])
+def test_parts_of_a_batch_make_up_the_whole(server, place, flags):
+    """In turn, or each on a CPU core. The batches are of 12 and 9, whose parts differ in frames."""
+    flags, found = [*PLAIN, "--batch_size", 12, "--epochs", 2, *flags], []
+    for parts, cores in ((1, 1), (4, 1), (1, 3)):
+        where, path = place(f"parts-{parts}-{cores}-{len(flags)}")
+        args = [*flags, *where, "--accumulate_steps", parts]
+        succeeded(server.run("train.py", *args, cores=cores))
+        found.append(path)
+    whole, *others = (models(path)["epoch_2"] for path in found)
+    for other in others:
+        assert all(torch.allclose(whole[key], other[key], atol=1e-5, rtol=0) for key in whole)
+    for path in found[1:]:
+        assert_close_losses(path, found[0], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_on_a_cpu(variants, place, one, precision):
+def test_half_precision_on_a_cpu(server, place, one, precision):
     """Close to single precision, and yet not the same; the weights stay in single precision."""
-    succeeded(variants[precision])
-    path = place(precision)[1]
+    flags, path = place(precision)
+    succeeded(server.run("train.py", *PLAIN, *flags, "--precision", precision))
     assert_close_losses(path, one["padded"], tolerance=0.03)
     assert epoch_losses(path) != epoch_losses(one["padded"])
     assert {weight.dtype for weight in last(path)["model"].values()} == {torch.float32}
@@ -531,7 +526,7 @@ def killed(server, place):
     crash("metrics.jsonl$", 1, "after", save_steps=1000)  # when it has been cut back
     crash("__epoch_2.model", 1, "after", save_steps=2)  # between two epochs
     crash("last.ckpt$", 2, "before", save_steps=2)  # when it is written, but has no name yet
-    kill(os.killpg, 17, save_steps=1)
+    kill(os.killpg, 14, save_steps=1)
     succeeded(server.run("train.py", *flags))
     return path
 
@@ -578,7 +573,7 @@ def signalled(server, place):
     flags, found = [*FULL, *flags, "--resume"], {}
     for count, (name, (number, workers, send)) in enumerate(SIGNALS.items()):
         process = server.start("train.py", *flags, "--load_data_workers", workers)
-        until_step(1 + 5 * count, process, path)
+        until_step(1 + 4 * count, process, path)
         for _ in range(2):  # as from torchrun, which hands on what all have got
             send(process.pid, number)
         found[name] = process.wait(), last(path)["state"]["step"], len(metrics(path)[0])
@@ -640,7 +635,7 @@ def test_max_steps_and_resume(server, copy, whole):
     flags, path = copy()
     for limit, workers in ((8, 2), (12, 0), (12, 2)):
         before, saved = metrics(path), last(path)["state"]["step"]
-        others = ["--load_data_workers", workers, "--save_steps", 3, "--epochs", 3]
+        others = ["--load_data_workers", workers, "--save_steps", 3, "--epochs", 2]
         succeeded(server.run("train.py", *flags, "--max_steps", limit, *others))
         assert last(path)["state"]["step"] == max(limit, saved)
         assert limit > saved or metrics(path) == before
@@ -816,7 +811,7 @@ def diverging(server, place, bad_data):
         jobs[name] = ["--librispeech_path", bad_data[data], "--precision", precision]
         jobs[name] += ["--epochs", 2]
     for name, (flags, _) in DIVERGING.items():
-        data = ["--librispeech_path", bad_data["all"]] if "bad-data" in name else []
+        data = ["--librispeech_path", bad_data["all"], "--epochs", 4] if "bad-data" in name else []
         jobs[name] = [*data, *flags.split()]
     jobs = {name: [*PLAIN, *place(name)[0], *flags] for name, flags in jobs.items()}
     return jobs, server.run_all("train.py", jobs)
@@ -829,7 +824,7 @@ def bad_steps(path):
 @pytest.mark.parametrize("name", BAD_BATCHES)
 def test_bad_batch_is_skipped_and_counted(diverging, place, name):
     path = place(name)[1]
-    succeeded(diverging[1][name])
+    assert "utt-003" in succeeded(diverging[1][name]).stderr
     bad = bad_steps(path)
     assert [step // BATCHES for step in bad] == [0, 1], "one in every epoch"
     counts = [sum(b <= step for b in bad) for step in range(2 * BATCHES)]
