@@ -86,8 +86,9 @@ class APCModel(nn.Module):
         first = rnn_config if prenet_config is None else prenet_config
         if first.input_size != mel_dim:
             raise ValueError(f"input_size is {first.input_size}, but mel_dim is {mel_dim}")
-        if rnn_config.rnn_type not in RNN_TYPES:
-            raise ValueError(f"rnn_type is {rnn_config.rnn_type!r}, not one of {list(RNN_TYPES)}")
+        rnn_type = getattr(rnn_config, "rnn_type", "gru")  # the original's config has no such field
+        if rnn_type not in RNN_TYPES:
+            raise ValueError(f"rnn_type is {rnn_type!r}, not one of {list(RNN_TYPES)}")
         if rnn_config.num_layers < 1:
             raise ValueError(f"the RNN has {rnn_config.num_layers} layers, but needs at least 1")
 
@@ -110,8 +111,7 @@ class APCModel(nn.Module):
         hidden_size = rnn_config.hidden_size
         in_sizes = [rnn_config.input_size] + [hidden_size] * (rnn_config.num_layers - 1)
         self.rnns = nn.ModuleList(
-            RNN_TYPES[rnn_config.rnn_type](in_size, hidden_size, batch_first=True)
-            for in_size in in_sizes
+            RNN_TYPES[rnn_type](in_size, hidden_size, batch_first=True) for in_size in in_sizes
         )
         self.rnn_dropout = nn.Dropout(rnn_config.dropout)
         self.rnn_residual = rnn_config.residual
@@ -157,7 +157,7 @@ class APCModel(nn.Module):
         if inputs.size(1) == 0:  # which nn.GRU refuses
             num_reps = len(self.rnns) + (self.prenet is not None)
             hidden_size = self.rnns[0].hidden_size
-            return inputs, inputs.new_zeros(num_reps, inputs.size(0), 0, hidden_size), state
+            return (inputs, inputs.new_zeros(num_reps, inputs.size(0), 0, hidden_size), state)
         reps, new_state = [], []
         if self.prenet is not None:
             inputs = self.prenet(inputs)  # (B, T, H)

@@ -165,14 +165,17 @@ def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
 
     `trained` is the training data's prepared.json, or None if that is not known.
     """
-    for key in ("source", "fbank", "cmvn"):
-        if trained and dataset.prepared and trained.get(key) != dataset.prepared.get(key):
+    if trained is None or dataset.prepared is None:
+        return
+    for key in ("source", "fbank", "cmvn", "norm_vars", "unbiased_vars"):
+        here, there = (
+            # Folders from before there was norm_vars were normalised by the variance too.
+            prepared.get(key, key == "norm_vars" and prepared.get("cmvn", "none") != "none")
+            for prepared in (dataset.prepared, trained)
+        )
+        if here != there:
             logging.warning(
-                "%s: %s is %s, but the model is trained on %s",
-                dataset.path,
-                key,
-                dataset.prepared.get(key),
-                trained.get(key),
+                "%s: %s is %s, but the model is trained on %s", dataset.path, key, here, there
             )
 
 
@@ -189,7 +192,11 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
         return torch.zeros(0, 0, 0), torch.zeros(0, dtype=torch.int64), []
     frames, lengths, ids = zip(*items)
     frames = [utterance[: max(lengths)] for utterance in frames]
-    return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), torch.tensor(lengths), [*ids]
+    return (
+        torch.nn.utils.rnn.pad_sequence(frames, batch_first=True),
+        torch.tensor(lengths),
+        [*ids],
+    )
 
 
 class BatchSampler(data.Sampler):
@@ -295,14 +302,20 @@ def build_loader(
 
 
 def _prepare_worker(_):
-    # Signals that reach the whole process group are for the main process, but a worker can be
-    # killed by SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a script's own handler
     # A batch that cannot be handed over, for lack of memory or descriptors, would be lost, and the
     # main process would wait for it for ever; that of a dead worker is noticed.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+
+
+def _start_workers(loader):
+    """iter(loader); signals that reach a whole process group are for the main process alone."""
+    # Workers inherit what is blocked. SIGTERM can still end them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
@@ -312,7 +325,7 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
         UserError: an utterance cannot be used, or a worker process cannot go on.
     """
     try:
-        iterator = iter(loader)
+        iterator = _start_workers(loader)
         # PyTorch's handler would raise in the middle of a step when a worker ends. Without it, the
         # loader notices within five seconds, while it waits for a batch.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -139,15 +139,19 @@ class AudioFiles(data.Dataset):
         fbank: audio.fbank_settings.
         stats: dict utterance id -> the CMVN statistics (audio.cmvn_stats) that normalise it; None
             for no CMVN.
+        options: of audio.apply_cmvn.
         num_frames: dict utterance id -> frames.
 
     Items and attributes are those of LibriSpeech, but the tensors are as long as the utterances.
     """
 
-    def __init__(self, files: list, fbank: dict, stats: dict | None, num_frames: dict):
+    def __init__(
+        self, files: list, fbank: dict, stats: dict | None, options: dict, num_frames: dict
+    ):
         self.files = files
         self.fbank = fbank
         self.stats = stats
+        self.options = options
         self.ids = [f"{utt_id}.pt" for utt_id, _ in files]
         self.lengths = {f"{utt_id}.pt": num_frames[utt_id] for utt_id, _ in files}
         self.mel_dim = fbank["num_mel_bins"]
@@ -159,7 +163,7 @@ class AudioFiles(data.Dataset):
         utt_id, path = self.files[index]
         frames = audio.read_fbank(path, self.fbank)
         if self.stats is not None:
-            frames = audio.apply_cmvn(frames, self.stats[utt_id])
+            frames = audio.apply_cmvn(frames, self.stats[utt_id], **self.options)
         return torch.from_numpy(frames), len(frames)
 
     def read_chunks(self, index: int) -> Iterator[Tensor]:
@@ -167,7 +171,7 @@ class AudioFiles(data.Dataset):
         utt_id, path = self.files[index]
         for frames in audio.read_fbank_blocks(path, self.fbank):
             if self.stats is not None:
-                frames = audio.apply_cmvn(frames, self.stats[utt_id])
+                frames = audio.apply_cmvn(frames, self.stats[utt_id], **self.options)
             yield torch.from_numpy(frames)
 
 
@@ -176,13 +180,14 @@ def open_audio(args: argparse.Namespace, prepared: dict | None) -> AudioFiles:
 
     All files are read once beforehand: for what is wrong with one, for speakers' statistics.
     """
-    fbank, cmvn = audio.fbank_settings(), "speaker"
+    fbank, cmvn, options = audio.fbank_settings(), "speaker", {"norm_vars": False}
     if prepared and prepared.get("source") == "audio":
-        fbank, cmvn = audio.fbank_settings(prepared["fbank"]), prepared["cmvn"]
+        fbank = audio.fbank_settings(prepared["fbank"])
+        cmvn, options = audio.cmvn_settings(prepared)
     else:
         logging.warning(
             "how the features that the model was trained on were made is not known: taking the "
-            "original's fbank settings and CMVN by speaker"
+            "original's fbank settings and mean normalisation by speaker"
         )
     if args.utt2spk and cmvn != "speaker":
         raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
@@ -195,11 +200,11 @@ def open_audio(args: argparse.Namespace, prepared: dict | None) -> AudioFiles:
         stats[group] = stats.get(group, 0) + utt_stats
         num_frames[utt_id] = frames
     if cmvn == "none":
-        return AudioFiles(files, fbank, None, num_frames)
+        return AudioFiles(files, fbank, None, options, num_frames)
     if cmvn == "global":  # the training data's statistics
         stats = dict.fromkeys(stats, np.array(prepared["cmvn_stats"]))
     utt_stats = {utt_id: stats[group] for utt_id, group in group_of.items()}
-    return AudioFiles(files, fbank, utt_stats, num_frames)
+    return AudioFiles(files, fbank, utt_stats, options, num_frames)
 
 
 def measure(fbank: dict, file: tuple[str, str]) -> tuple[str, str, int, np.ndarray]:

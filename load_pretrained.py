@@ -6,8 +6,9 @@
     python load_pretrained.py bs32-rhl3-rhs512-rd0-adam-res-ts3.pt
     python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_s3prl foo.ckpt
 
-Reads bare state dicts, as train.py and the original release write them, train.py's last.ckpt, and
-the checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt). Nothing in a file is ever executed.
+Reads bare state dicts, as train.py and the original release write them, train.py's last.ckpt, the
+checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt) and of NPC's APC, with or without their
+configs, and any of these weights in .safetensors. Nothing in a file is ever executed.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from apc_model import APCModel
 from formats.audio import CMVN_KINDS, fbank_settings
-from formats.s3prl import from_s3prl, to_s3prl
+from formats.s3prl import from_s3prl, rename_s3prl, to_s3prl
 from utils import (
     HelpFormatter,
     PrenetConfig,
@@ -86,12 +87,14 @@ def load_with_config(
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
     """A file -> (state dict with the original's names, its flags or None). Raises UserError."""
-    value, flags, config = load(path, verify=True), None, None
+    is_safetensors = os.fspath(path).endswith(".safetensors")
+    value = load_safetensors(path) if is_safetensors else load(path, verify=True)
+    flags, config = None, None
     if isinstance(value, dict) and "model" in value:
         if isinstance(value.get("flags"), dict):  # last.ckpt
             flags = value["flags"] | ({"data": value["data"]} if "data" in value else {})
-        else:
-            config = value.get("config")  # s3prl's
+        else:  # s3prl's; its runner of 2021 calls it otherwise, and NPC's keeps none
+            config = value.get("config", value.get("Upstream_Config"))
         value = value["model"]
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected an APC model's weights, found {type(value).__name__}")
@@ -99,8 +102,22 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | 
     for name, weight in value.items():
         if not (isinstance(name, str) and is_plain(weight)):
             raise UserError(f"{path}: {name!r}: expected a weight, a plain tensor of floats")
-        weights[name.removeprefix("module.")] = weight
-    return from_s3prl(weights, config, path) if config is not None else (weights, flags)
+        for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel's, torch.compile's
+            name = name.removeprefix(prefix)
+        weights[name] = weight
+    if config is not None:
+        return from_s3prl(weights, config, path)
+    return rename_s3prl(weights, path), flags
+
+
+def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A .safetensors file -> its tensors by name. UserError if it is damaged."""
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a file of plain tensors: {error}") from None
 
 
 def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, RNNConfig]:
@@ -191,19 +208,24 @@ def training_data(config: dict, name: str) -> dict | None:
         first = data[0]
         if first is None:
             return None
-        from_audio = first["source"] == "audio"
+        from_audio, fbank = first["source"] == "audio", None
         cmvn = first["cmvn"] if from_audio else first.get("cmvn", "none")
         if cmvn not in CMVN_KINDS:
             raise ValueError(f"cmvn {cmvn!r}")
+        for key in ("norm_vars", "unbiased_vars"):
+            if not isinstance(first.get(key, False), bool):
+                raise ValueError(f"{key} {first[key]!r}")
         if from_audio or first.get("fbank") is not None:
-            fbank = fbank_settings(dict(first["fbank"]))
+            fbank = fbank_settings({} | first["fbank"])  # TypeError if it is no dict
         if from_audio and cmvn == "global":
             stats = np.array(first["cmvn_stats"], np.float64)
-            if stats.shape != (2, fbank["num_mel_bins"] + 1) or not stats[0, -1] >= 1:
+            if stats.shape != (2, fbank["num_mel_bins"] + 1) or not (
+                np.isfinite(stats).all() and stats[0, -1] >= 1
+            ):
                 raise ValueError("cmvn_stats")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{name}: config.json: missing or invalid in its data: {error}") from None
-    return first
+    return first if fbank is None else first | {"fbank": fbank}  # every option, old files' too
 
 
 def find_residual(path: str, config: dict) -> bool:
@@ -289,9 +311,15 @@ def main(argv: list[str] | None = None) -> None:
     for out in outs:
         if os.path.exists(out) or len({os.path.abspath(path) for path in outs}) < len(outs):
             raise UserError(f"{out}: exists already, or is named twice: choose another name")
+    data = training_data(config, args.checkpoint) if outs else None
     if args.to_s3prl:  # before anything is written: it may be impossible
-        dropout = float(config.get("rnn_dropout") or 0)
-        exported = to_s3prl(model, training_data(config, args.checkpoint) or {}, dropout)
+        try:
+            dropout = float(config.get("rnn_dropout") or 0)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{args.checkpoint}: config.json: rnn_dropout is {config['rnn_dropout']!r}"
+            ) from None
+        exported = to_s3prl(model, data or {}, dropout)
     for out in outs:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     if args.to_s3prl:
@@ -300,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.to_state_dict:
         save(model.state_dict(), args.to_state_dict)
         about = {"state_dict": os.path.basename(args.to_state_dict), "version": __version__}
+        if data:  # with every option in force
+            about["data"] = [data, *config["data"][1:]]
         write_json(config | about, config_path)
         print(f"written: {args.to_state_dict} and {config_path}")
 

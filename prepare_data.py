@@ -58,9 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--cmvn",
         choices=audio.CMVN_KINDS,
-        help="what to normalise to mean 0 and variance 1 over (default: speaker for audio; none "
-        "for Kaldi's features, which the original's authors had normalised)",
+        help="over what to normalise the mean to 0 (default: speaker for audio; none for Kaldi's "
+        "features, which the original's authors had normalised)",
     )
+    add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
+    add("--as_s3prl", action="store_true", help="audio: fbank and CMVN exactly as in s3prl")
     add("--utt2spk", metavar="FILE", help="Kaldi's; default: an id up to its first '-'")
     add("--sample_rate", type=positive, default=16000, help="of the audio, Hz")
     add("--dither", type=float, default=0.0, help="noise added to audio; the original had 1")
@@ -80,7 +82,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     from_audio = args.librispeech_from_audio is not None
+    if args.as_s3prl:
+        if not from_audio or args.cmvn not in (None, "utterance") or args.sample_rate != 16000:
+            parser.error("--as_s3prl is for audio of 16 kHz, with --cmvn utterance")
+        args.cmvn, args.norm_vars = "utterance", True
     args.cmvn = args.cmvn or ("speaker" if from_audio else "none")
+    if args.norm_vars and args.cmvn == "none":
+        parser.error("--norm_vars needs a --cmvn")
     if args.utt2spk and args.cmvn != "speaker":
         parser.error(f"--utt2spk is for --cmvn speaker, not {args.cmvn}")
     if args.skip_bad and not from_audio:
@@ -111,7 +119,8 @@ def open_source(args: argparse.Namespace) -> Source:
     """Open audio or Kaldi's features and look at their start; UserError if it cannot be used."""
     skipped, settings = [], None
     if args.librispeech_from_audio is not None:
-        settings = audio.fbank_settings({"sample_rate": args.sample_rate, "dither": args.dither})
+        changes = {"sample_rate": args.sample_rate, "dither": args.dither}
+        settings = audio.fbank_settings(changes | (audio.S3PRL_FBANK if args.as_s3prl else {}))
         files = audio.find_audio(args.librispeech_from_audio, skipped if args.skip_bad else None)
         name, size, jobs = "audio", len(files), audio.audio_jobs(files, settings, args.skip_bad)
     else:
@@ -181,7 +190,7 @@ class Done(NamedTuple):
 
 
 def write_utterances(
-    job: tuple, save_dir: str, max_seq_len: int, cmvn: str
+    job: tuple, save_dir: str, max_seq_len: int, cmvn: str, options: dict
 ) -> tuple[int, list[Done], list[str]]:
     """The first pass over a source's (position, job), in a worker: write its padded tensors."""
     position, read = job
@@ -193,7 +202,7 @@ def write_utterances(
         utt_id, frames, where = utterance
         stats = None if cmvn == "none" else audio.cmvn_stats(frames)
         if cmvn == "utterance":
-            frames, stats = audio.apply_cmvn(frames, stats), None
+            frames, stats = audio.apply_cmvn(frames, stats, **options), None
         padded = np.zeros((max_seq_len, frames.shape[1]), np.float32)
         padded[: len(frames)] = frames[:max_seq_len]
         # No sync for each file: all are on disk before lengths.pkl says that they are there.
@@ -202,12 +211,13 @@ def write_utterances(
     return position, done, skipped
 
 
-def normalise(job: list[tuple], save_dir: str) -> int:
+def normalise(job: list[tuple], save_dir: str, options: dict) -> int:
     """The second pass over [(utterance id, frames, CMVN statistics)], in a worker -> how many."""
     for utt_id, length, stats in job:
         path = os.path.join(save_dir, f"{utt_id}.pt")
         padded = load(path)
-        padded[:length] = torch.from_numpy(audio.apply_cmvn(padded[:length].numpy(), stats))
+        frames = audio.apply_cmvn(padded[:length].numpy(), stats, **options)
+        padded[:length] = torch.from_numpy(frames)
         save(padded, path, sync=False)
     return len(job)
 
@@ -240,11 +250,17 @@ class Set:
             self.stats[group] = self.stats.get(group, 0) + stats
 
 
-def first_pass(source: Source, args: argparse.Namespace, utt2spk: dict | None) -> Set:
+def first_pass(
+    source: Source, args: argparse.Namespace, options: dict, utt2spk: dict | None
+) -> Set:
     """Write the tensors as they are (with CMVN by utterance, as they will be)."""
     utterances = Set({}, {}, {}, source.skipped)
     write = partial(
-        write_utterances, save_dir=args.save_dir, max_seq_len=args.max_seq_len, cmvn=args.cmvn
+        write_utterances,
+        save_dir=args.save_dir,
+        max_seq_len=args.max_seq_len,
+        cmvn=args.cmvn,
+        options=options,
     )
     unit = {"unit": "file"} if source.fbank else {"unit": "B", "unit_scale": True}
     with tqdm(total=source.size, desc="features", dynamic_ncols=True, **unit) as bar:
@@ -258,13 +274,14 @@ def first_pass(source: Source, args: argparse.Namespace, utt2spk: dict | None) -
     return utterances
 
 
-def second_pass(utterances: Set, args: argparse.Namespace) -> None:
+def second_pass(utterances: Set, args: argparse.Namespace, options: dict) -> None:
     """Normalise the tensors by the statistics of their speakers, or of the corpus."""
     stats, group_of = utterances.stats, utterances.group_of
     todo = [(utt_id, n, stats[group_of[utt_id]]) for utt_id, n in utterances.lengths.items()]
     jobs = (todo[start : start + 8] for start in range(0, len(todo), 8))
+    function = partial(normalise, save_dir=args.save_dir, options=options)
     with tqdm(total=len(todo), desc="CMVN", unit="utt", dynamic_ncols=True) as bar:
-        for count in run_jobs(jobs, partial(normalise, save_dir=args.save_dir), args.num_workers):
+        for count in run_jobs(jobs, function, args.num_workers):
             bar.update(count)
 
 
@@ -278,21 +295,26 @@ def main(argv: list[str] | None = None) -> None:
         "path": args.librispeech_from_audio or args.librispeech_from_kaldi,
         "fbank": source.fbank,
         "cmvn": args.cmvn,
+        "norm_vars": args.norm_vars,
         "utt2spk": args.utt2spk,
         "mel_dim": None,
         "max_seq_len": args.max_seq_len,
         "version": __version__,
     }
+    if args.as_s3prl:
+        prepared["unbiased_vars"] = True
+    _, options = audio.cmvn_settings(prepared)
     write_json(prepared, os.path.join(args.save_dir, "prepared.json"))
     print(
-        f"preparing {prepared['path']} ({source.name}), CMVN: {args.cmvn}, tensors of "
-        f"{args.max_seq_len} frames, {args.num_workers} processes -> {args.save_dir}"
+        f"preparing {prepared['path']} ({source.name}), CMVN: {args.cmvn}"
+        f"{' (mean and variance)' if args.norm_vars else ''}, tensors of {args.max_seq_len} "
+        f"frames, {args.num_workers} processes -> {args.save_dir}"
     )
-    utterances = first_pass(source, args, utt2spk)
+    utterances = first_pass(source, args, options, utt2spk)
     if not utterances.lengths:
         raise UserError(f"{prepared['path']}: no utterance is left: {utterances.skipped[0]}")
     if args.cmvn in ("speaker", "global"):
-        second_pass(utterances, args)
+        second_pass(utterances, args, options)
     prepared["mel_dim"] = utterances.mel_dim
     if args.cmvn == "global":  # a model trained on it needs them for new speech
         prepared["cmvn_stats"] = utterances.stats["all"].tolist()

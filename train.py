@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -40,6 +41,7 @@ from datasets import (
     Utterances,
     build_loader,
     collate,
+    is_finished,
     read_batches,
     warn_of_other_data,
 )
@@ -200,12 +202,21 @@ class Data(NamedTuple):
     fingerprint: list[int]  # utterances, frames, checksum of names and lengths
 
 
+def open_split(args: argparse.Namespace, flag: str, split: str) -> LibriSpeech:
+    root, path = args.librispeech_path, os.path.join(args.librispeech_path, split)
+    if not os.path.isdir(path):
+        names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        there = [name for name in names if is_finished(os.path.join(root, name))]
+        choices = " or ".join(f"--{flag} {shlex.quote(name)}" for name in there[:10])
+        advice = f"there is: {choices}" if there else "make it with prepare_data.py"
+        raise UserError(f"{path}: no such folder: {advice}")
+    return LibriSpeech(path, args.time_shift)
+
+
 def open_data(args: argparse.Namespace) -> Data:
     """Open the splits' folders; UserError if they do not fit the flags or each other."""
-    *splits, valid_set = (
-        LibriSpeech(os.path.join(args.librispeech_path, split), args.time_shift)
-        for split in [*args.train_split, args.valid_split]
-    )
+    splits = [open_split(args, "train_split", split) for split in args.train_split]
+    valid_set = open_split(args, "valid_split", args.valid_split)
     for split in [*splits, valid_set]:
         if split.mel_dim != args.feature_dim:
             raise UserError(
@@ -233,8 +244,7 @@ class Signals:
     def __init__(self):
         self.received = set()
         self.is_waiting = False
-        # Where workers are not forked, a process of Python's own keeps track of what they share.
-        # It inherits what is ignored.
+        # Python's own process that keeps track of what workers share inherits what is ignored.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         resource_tracker.ensure_running()
         for number in SIGNALS:
@@ -839,6 +849,9 @@ def main(argv: list[str] | None = None) -> None:
             number = signal.Signals(stopped.args[0])
             logging.info(f"stopped by {number.name} after {run.state['step']} steps; use --resume")
             sys.exit(128 + number)
+        finally:
+            if run.writer:
+                run.writer.close()
 
 
 if __name__ == "__main__":

@@ -40,13 +40,13 @@ class PrenetConfig(NamedTuple):
 
 
 class RNNConfig(NamedTuple):
-    """The original release's, positional as there; rnn_type is new."""
+    """The original release's, positional as there; rnn_type, which it has not, comes last."""
 
     input_size: int
     hidden_size: int
     num_layers: int
     dropout: float
-    residual: bool = False
+    residual: bool
     rnn_type: str = "gru"
 
 
@@ -57,29 +57,36 @@ class UserError(ValueError):
     """A user error, reported in one line."""
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(); a user error ends it with one line on stderr and status 1."""
+def exit_status(main: Callable[[], None]) -> int:
+    """Run a script's main() -> its exit status; a user error is one line on stderr and status 1."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    status = None
     try:
         main()
+        return 0
     except (UserError, OSError, MemoryError) as error:
+        sys.unraisablehook = lambda _: None  # libraries' objects may complain as they go
         message = " ".join(str(error).split()) or type(error).__name__
         message = message.encode("utf-8", "backslashreplace").decode()
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        status = 1
+        return 1
     except KeyboardInterrupt:
-        status = 130
+        return 130
     except SystemExit as stop:
-        status = stop.code
-    if "WORLD_SIZE" in os.environ:
-        # One of several processes: tidying up what connects them can hang when another is gone.
+        return stop.code or 0
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script, and end it within seconds whatever happens, with its worker processes."""
+    status = exit_status(main)
+    if status:
+        for process in multiprocessing.active_children():  # or tidying up might wait for one
+            process.kill()
+    if "WORLD_SIZE" in os.environ:  # and for other processes of the run
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
-    if status:
-        sys.exit(status)
+        os._exit(status)
+    sys.exit(status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -163,6 +170,8 @@ def start_processes(
 
     `timeout` is how long they wait for each other.
     """
+    # oneDNN, which computes LSTMs on a CPU, keeps something for each shape of a batch it has seen.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     device = choose_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS") or 1) > 1:

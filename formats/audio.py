@@ -3,7 +3,7 @@
     settings = fbank_settings()                                       # the original's
     samples = read_audio("84-121123-0000.flac", settings["sample_rate"])   # 16-bit range
     frames = fbank(samples, settings, name="84-121123-0000")          # (T, D), 100 frames a second
-    normalised = apply_cmvn(frames, cmvn_stats(frames))               # mean 0, variance 1
+    normalised = apply_cmvn(frames, cmvn_stats(frames), norm_vars=False)   # mean 0
 
 T frames, D mel_dim. kaldi-native-fbank and soundfile are imported by the functions that need them:
 loading a model needs neither.
@@ -11,7 +11,6 @@ loading a model needs neither.
 
 import functools
 import itertools
-import math
 import os
 import shlex
 import struct
@@ -25,6 +24,9 @@ AUDIO_ENDINGS = (".flac", ".wav")
 CMVN_KINDS = ("speaker", "utterance", "global", "none")  # what features are normalised over
 BLOCK_SIZE = 1 << 20  # samples at a time
 FULL_SCALE = 32768.0  # soundfile scales samples to [-1, 1); Kaldi takes 16-bit integers as they are
+
+# As s3prl computes them, with torchaudio, from samples in [-1, 1].
+S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "full_scale": 1.0}
 
 # The original's command is `compute-fbank-feats --window-type=hamming --use-energy=false --dither=1
 # --num-mel-bins=80 --htk-compat=true`, with Kaldi's own defaults for the rest. Dither is 0 here: it
@@ -65,8 +67,9 @@ def fbank_settings(changes: dict | None = None) -> dict:
             raise ValueError(f"{name}: no such fbank option")
         expected = type(settings[name])
         is_number = expected is float and type(value) is int
-        if not (type(value) is expected or is_number) or value in (math.inf, -math.inf, math.nan):
-            raise ValueError(f"{name} {value!r}")
+        is_type = type(value) is expected or is_number
+        if not is_type or expected in (int, float) and not abs(value) < 2**31:  # nor is NaN
+            raise ValueError(f"{name} {value!r}"[:80])
         settings[name] = expected(value)
     if min(settings["frame_length_ms"], settings["frame_shift_ms"]) * settings["sample_rate"] < 1e3:
         raise ValueError("frames or their shift of less than a sample")
@@ -313,7 +316,7 @@ def audio_jobs(files: list, settings: dict, skip_bad: bool) -> Iterator[tuple]:
     """
     for start in range(0, len(files), 4):
         some = files[start : start + 4]
-        yield start + len(some), functools.partial(_read_files, some, settings, skip_bad)
+        yield (start + len(some), functools.partial(_read_files, some, settings, skip_bad))
 
 
 def _read_files(files, settings, skip_bad):
@@ -361,9 +364,29 @@ def cmvn_stats(frames: np.ndarray) -> np.ndarray:
     return stats
 
 
-def apply_cmvn(frames: np.ndarray, stats: np.ndarray) -> np.ndarray:
-    """Normalise frames (T, D) to float32 (T, D) with the mean 0 and the variance 1 over all frames
-    that went into stats (2, D + 1). A dimension that is constant there becomes 0.
+def cmvn_settings(prepared: dict) -> tuple[str, dict]:
+    """prepared.json -> its kind of CMVN, and the options of apply_cmvn().
+
+    Folders from before there was norm_vars were normalised by the standard deviation too.
+    """
+    options = {
+        "norm_vars": prepared.get("norm_vars", True),
+        "unbiased": prepared.get("unbiased_vars", False),
+    }
+    return prepared.get("cmvn", "none"), options
+
+
+def apply_cmvn(
+    frames: np.ndarray, stats: np.ndarray, norm_vars: bool, unbiased: bool = False
+) -> np.ndarray:
+    """Normalise frames (T, D) -> float32 (T, D).
+
+    Args:
+        frames: log-Mel frames.
+        stats: (2, D + 1), as cmvn_stats() gives them; of the frames of a speaker, say.
+        norm_vars: besides subtracting the mean, divide by the standard deviation (Kaldi's
+            --norm-vars, off by default there as here). A dimension that is constant becomes 0.
+        unbiased: estimate the variance with T - 1 in place of T, as torch.std and so s3prl does.
 
     Raises:
         ValueError: statistics of no frames, or of another width than the frames'.
@@ -374,9 +397,13 @@ def apply_cmvn(frames: np.ndarray, stats: np.ndarray) -> np.ndarray:
             f"CMVN statistics {stats.shape} of {count:g} frames for frames {frames.shape}"
         )
     mean = stats[0, :-1] / count
+    if not norm_vars:
+        return (frames - mean).astype(np.float32)
     mean_square = stats[1, :-1] / count
     variance = mean_square - np.square(mean)
     # The difference of two nearly equal numbers: below this it is rounding, not variance.
     varies = variance > 1e-10 * mean_square
+    if unbiased:
+        variance = variance * count / max(count - 1, 1)
     scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
     return ((frames - mean) * scale).astype(np.float32)

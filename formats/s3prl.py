@@ -12,13 +12,28 @@ import torch
 from torch import Tensor
 
 from apc_model import APCModel
-from formats.audio import fbank_settings
+from formats.audio import S3PRL_FBANK, cmvn_settings, fbank_settings
 from utils import UserError
 
-S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "full_scale": 1.0}
 # Of no effect on a model here: a constant, which CMVN removes or the weights absorb, and noise.
 IGNORED = {"full_scale": 1.0, "htk_compat": False, "dither": 0.0}
 FROM_S3PRL = {"rnn_layers.": "rnns.", "postnet.": "postnet.layer."}
+# s3prl's audio settings, which it hands on to torchaudio.compliance.kaldi.fbank -> ours.
+FBANK_NAMES = {
+    "feat_dim": "num_mel_bins",
+    "frame_length": "frame_length_ms",
+    "frame_shift": "frame_shift_ms",
+    "preemphasis_coefficient": "preemph_coeff",
+    "blackman_coeff": "blackman_coeff",
+    "dither": "dither",
+    "low_freq": "low_freq",
+    "high_freq": "high_freq",
+    "remove_dc_offset": "remove_dc_offset",
+    "round_to_power_of_two": "round_to_power_of_two",
+    "snip_edges": "snip_edges",
+    "use_log_fbank": "use_log_fbank",
+    "use_power": "use_power",
+}
 
 
 def rename(weights: dict, prefixes: dict[str, str]) -> dict:
@@ -33,37 +48,60 @@ def rename(weights: dict, prefixes: dict[str, str]) -> dict:
     return renamed
 
 
+def rename_s3prl(weights: dict, path: str) -> dict[str, Tensor]:
+    """Weights of s3prl's, VQ-APC's or NPC's APC -> with the original's names; others as they are.
+
+    Raises:
+        UserError: a model with quantisation layers.
+    """
+    if any(name.startswith("vq_layers.") for name in weights):
+        raise UserError(
+            f"{path}: is a VQ-APC model: its quantisation layers are not supported, only plain APC"
+        )
+    if not any(name.startswith("rnn_layers.") for name in weights):
+        return weights
+    weights = rename(weights, FROM_S3PRL)
+    postnet = weights.get("postnet.layer.weight")
+    if postnet is not None and postnet.dim() == 2:  # a linear layer
+        weights["postnet.layer.weight"] = postnet[:, :, None]
+    return weights
+
+
 def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor], dict]:
     """s3prl's weights and config -> (state dict with the original's names, flags).
 
     Raises:
-        UserError: it is another model than APC, or its config is incomplete.
+        UserError: it is another model than APC, or its config is incomplete or unknown.
     """
+    weights = rename_s3prl(weights, path)
     try:
-        sound, paras = config["data"]["audio"], config["model"]["paras"]
-        if paras.get("vq") or any(name.startswith("vq_layers.") for name in weights):
-            raise UserError(f"{path}: is a VQ-APC model, which has extra layers")
+        sound, paras = dict(config["data"]["audio"]), config["model"]["paras"]
+        if paras.get("vq"):
+            raise UserError(f"{path}: is a VQ-APC model, which is not supported, only plain APC")
         flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
         if flags["rnn_residual"] and paras["hidden_size"] == sound["feat_dim"]:
             # Its residual connections never reach the first layer; ours would.
             raise UserError(f"{path}: residual with hidden_size = feat_dim is another model here")
-        if sound["feat_type"] != "fbank":
-            raise UserError(f"{path}: features are {sound['feat_type']!r}, expected 'fbank'")
-        fbank = {
-            "num_mel_bins": int(sound["feat_dim"]),
-            "frame_length_ms": float(sound.get("frame_length", 25)),
-            "frame_shift_ms": float(sound.get("frame_shift", 10)),
-            **S3PRL_FBANK,
-        }
-        weights = rename(weights, FROM_S3PRL)
-        if "postnet.layer.weight" in weights:
-            weights["postnet.layer.weight"] = weights["postnet.layer.weight"][:, :, None]
+        feat_type = sound.pop("feat_type")
+        if feat_type != "fbank":
+            raise UserError(f"{path}: features are {feat_type!r}, expected 'fbank'")
+        sound.pop("decode_wav", None)
+        cmvn = "utterance" if sound.pop("cmvn", True) else "none"
+        fbank = {"num_mel_bins": int(sound["feat_dim"])} | S3PRL_FBANK
+        for name, value in sound.items():
+            if name not in FBANK_NAMES:
+                raise UserError(f"{path}: {name}: an audio setting that is not supported")
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} {value!r}")
+            fbank[FBANK_NAMES[name]] = value
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: missing or invalid in s3prl's config: {error}") from None
-    cmvn = "utterance" if sound.get("cmvn", True) else "none"
-    flags["data"] = [{"source": "audio", "fbank": fbank, "cmvn": cmvn}]
+    data = {"source": "audio", "fbank": fbank, "cmvn": cmvn}
+    if cmvn == "utterance":
+        data |= {"norm_vars": True, "unbiased_vars": True}
+    flags["data"] = [data]
     return weights, flags
 
 
@@ -104,39 +142,53 @@ def to_s3prl(model: APCModel, data: dict, dropout: float) -> dict:
 
 
 def refuse_what_s3prl_lacks(model: APCModel, fbank: dict) -> None:
-    own = ("num_mel_bins", "frame_length_ms", "frame_shift_ms")
-    expected = fbank_settings({name: fbank[name] for name in own} | IGNORED)
-    first_is_residual = model.rnn_residual and model.mel_dim == model.rnns[0].hidden_size
+    own = {name: fbank[name] for name in ("frame_length_ms", "frame_shift_ms")}
+    expected = fbank_settings(own | {"num_mel_bins": model.mel_dim} | IGNORED)
     refused = {
         "its layers are LSTMs": not isinstance(model.rnns[0], torch.nn.GRU),
         "it has a prenet": model.prenet is not None,
-        "its first layer is residual": first_is_residual,
+        "its first layer is residual": (
+            model.rnn_residual and model.mel_dim == model.rnns[0].hidden_size
+        ),
         "its fbank is another": fbank | IGNORED != expected,
+        "it has fewer than three layers, and apc_local takes outputs of three": len(model.rnns) < 3,
     }
     for reason, holds in refused.items():
         if holds:
             raise UserError(f"s3prl cannot express this model: {reason}")
-    if len(model.rnns) < 3:
-        logging.warning("s3prl's apc_local takes the features of layers 1 and 2: this has fewer")
+    if len(model.rnns) > 3:
+        logging.warning(
+            "s3prl's apc_local gives the outputs of layers 1, 2 and %d", len(model.rnns)
+        )
 
 
 def choose_cmvn(data: dict) -> str:
-    """How s3prl will normalise: "utterance" or "none"."""
-    cmvn = data.get("cmvn")
+    """How s3prl will normalise, "utterance" or "none"; warns if the model was trained otherwise."""
+    cmvn, options = cmvn_settings(data)
     if data.get("source") != "audio":
-        # Dumps and archives come normalised, as the original's did; "none" adds nothing to that.
+        # Dumps and archives come normalised, as the original's did.
         logging.warning(
             "how the features that the model was trained on were made is not known: s3prl will "
-            "take the original's fbank settings, and normalise by utterance"
+            "take the original's fbank settings, and normalise mean and variance by utterance"
         )
-        cmvn = cmvn if cmvn in ("speaker", "global") else "utterance"
-    if cmvn in ("speaker", "global"):
+        return "utterance"
+    if cmvn == "none":
+        return "none"
+    if cmvn != "utterance" or not options["norm_vars"]:
         logging.warning(
-            "the model was trained on features normalised by %s; s3prl normalises by utterance",
-            {"speaker": "speaker", "global": "corpus"}[cmvn],
+            "the model was trained on features normalised by %s (%s); s3prl normalises mean and "
+            "variance by utterance: its features will be others. Models that agree are trained on "
+            "what prepare_data.py --as_s3prl makes",
+            cmvn,
+            "mean and variance" if options["norm_vars"] else "mean",
         )
-        cmvn = "utterance"
-    return cmvn
+    elif not options["unbiased"]:
+        logging.warning(
+            "s3prl's log energies have a higher floor than those that the model was trained on: "
+            "its features will differ by about 3 % of their rms. Models that agree are trained on "
+            "what prepare_data.py --as_s3prl makes"
+        )
+    return "utterance"
 
 
 def absorb_scale(weights: dict[str, Tensor], full_scale: float) -> None:

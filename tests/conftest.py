@@ -35,14 +35,11 @@ def call_main(monkeypatch, capsys):
 
     def call(module, *argv):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # an error replaces it
         capsys.readouterr()
-        status = 0
-        try:
-            utils.run_main(module.main)
-        except SystemExit as stop:
-            status = stop.code
+        status = utils.exit_status(module.main)
         out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status or 0, stdout=out, stderr=err)
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
     return call
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -223,18 +224,30 @@ def test_prenet_drops_after_the_relu_of_each_of_its_layers():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    rnn = RNNConfig(16, 16, 2, 0.0)
+    rnn = RNNConfig(16, 16, 2, 0.0, False)
     cases = {
         "input_size.*11.*12": (None, rnn._replace(input_size=11)),
         "input_size.*13.*12": (PrenetConfig(13, 16, 1, 0.0), rnn),
         "hidden_size.*14.*16": (PrenetConfig(MEL, 14, 1, 0.0), rnn),
         "hidden_size.*16.*18": (PrenetConfig(MEL, 16, 1, 0.0), rnn._replace(hidden_size=18)),
-        "transformer.*gru.*lstm": (None, RNNConfig(MEL, 16, 2, 0.0, rnn_type="transformer")),
-        "0 layers": (None, RNNConfig(MEL, 16, 0, 0.0)),
+        "transformer.*gru.*lstm": (None, RNNConfig(MEL, 16, 2, 0.0, False, "transformer")),
+        "0 layers": (None, RNNConfig(MEL, 16, 0, 0.0, False)),
     }
     for message, configs in cases.items():
         with pytest.raises(ValueError, match=message):
             APCModel(MEL, *configs)
+
+
+def test_configs_of_the_original_release():
+    """Its scripts may bring their own, without rnn_type; residual is never guessed."""
+    fields = "input_size", "hidden_size", "num_layers", "dropout"
+    prenet = namedtuple("PrenetConfig", fields)(MEL, 16, 1, 0.0)
+    for residual in (True, False):
+        rnn = namedtuple("RNNConfig", [*fields, "residual"])(16, 16, 2, 0.0, residual)
+        model = APCModel(MEL, prenet, rnn)
+        assert isinstance(model.rnns[1], nn.GRU) and model.rnn_residual is residual
+    with pytest.raises(TypeError, match="residual"):
+        RNNConfig(16, 16, 2, 0.0)
 
 
 # Streaming ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import kaldi_native_fbank
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import speech
 
 from formats import audio
@@ -358,16 +359,30 @@ def test_find_audio_refuses_names_that_cannot_be_used_or_skips_them(tmp_path):
 # CMVN ---------------------------------------------------------------------------------------------
 
 
-def test_cmvn_is_numpys():
+def kaldi_apply_cmvn(speaker, frames, norm_vars):
+    """Kaldi's ApplyCmvn in numpy: each number times a scale and plus an offset."""
+    sums, squares = speaker.sum(axis=0), np.square(speaker).sum(axis=0)
+    mean, scale = sums / len(speaker), np.ones(speaker.shape[1])
+    if norm_vars:
+        scale = 1 / np.sqrt(np.maximum(squares / len(speaker) - mean * mean, 1e-20))
+    return frames * scale - mean * scale
+
+
+def test_cmvn_is_kaldis_or_that_of_torch_std():
+    """Of two utterances of a speaker, with a small variance on a large mean."""
     rng = np.random.default_rng(0)
     frames = (rng.standard_normal((700, 80)) * rng.uniform(0.1, 4, 80) + 12).astype(np.float32)
-    frames[:, 0] = 1000 + 0.1 * rng.standard_normal(700)  # a small variance on a large mean
-    wide = frames.astype(np.float64)
-    expected = (wide - wide.mean(axis=0)) / wide.std(axis=0)
-    normalised = apply_cmvn(frames, cmvn_stats(frames))
-    assert normalised.dtype == np.float32
-    np.testing.assert_allclose(normalised[:, 1:], expected[:, 1:], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(normalised[:, 0], expected[:, 0], rtol=0, atol=1e-4)
+    frames[:, 0] = 1000 + 0.1 * rng.standard_normal(700)
+    stats = cmvn_stats(frames[:40]) + cmvn_stats(frames[40:])
+    wide, torchs = frames.astype(np.float64), torch.from_numpy(frames).double()
+    for options, expected in [
+        ({"norm_vars": False}, kaldi_apply_cmvn(wide, wide[:40], norm_vars=False)),
+        ({"norm_vars": True}, kaldi_apply_cmvn(wide, wide[:40], norm_vars=True)),
+        ({"norm_vars": True, "unbiased": True}, ((torchs - torchs.mean(0)) / torchs.std(0))[:40]),
+    ]:
+        normalised = apply_cmvn(frames[:40], stats, **options)
+        assert normalised.dtype == np.float32
+        np.testing.assert_allclose(normalised, expected, rtol=0, atol=1e-6, err_msg=options)
 
 
 def test_cmvn_stats_are_kaldis_and_add_up():
@@ -388,8 +403,9 @@ def test_constant_dimensions_become_zero():
     frames[::2, 1] *= 1 + 1e-6  # rounding is not variance
     frames[:, 2] = np.linspace(-1, 1, 999)
     stats = sum(cmvn_stats(frames[:length]) for length in rng.integers(1, 999, 1000))
-    normalised = apply_cmvn(frames, stats)
-    assert normalised[:, 2].std() > 0.5
-    normalised[:, 2] = 0
-    assert not normalised.any()
-    assert not apply_cmvn(frames[:1], cmvn_stats(frames[:1])).any()
+    for unbiased in (False, True):
+        normalised = apply_cmvn(frames, stats, norm_vars=True, unbiased=unbiased)
+        assert normalised[:, 2].std() > 0.5
+        normalised[:, 2] = 0
+        assert not normalised.any()
+        assert not apply_cmvn(frames[:1], cmvn_stats(frames[:1]), True, unbiased).any()

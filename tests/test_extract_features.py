@@ -594,15 +594,16 @@ def prepare(source, save_dir, *options, max_seq_len=200):
 
 @pytest.fixture(scope="module")
 def trained(recordings, tmp_path_factory):
-    """{cmvn: (a model trained on the recordings cut to CUT frames, the same, prepared uncut)}."""
+    """{name: (a model trained on the recordings cut to CUT frames, the same, prepared uncut)}."""
     found = {}
-    for cmvn in audio.CMVN_KINDS:
-        here = tmp_path_factory.mktemp(cmvn)
-        cut = prepare(recordings, here / "cut", "--cmvn", cmvn, max_seq_len=CUT)
+    kinds = {cmvn: ["--cmvn", cmvn] for cmvn in audio.CMVN_KINDS}
+    kinds |= {"vars": ["--cmvn", "global", "--norm_vars"], "s3prl": ["--as_s3prl"]}
+    for name, options in kinds.items():
+        here = tmp_path_factory.mktemp(name)
+        cut = prepare(recordings, here / "cut", *options, max_seq_len=CUT)
         made = json.loads((cut / "prepared.json").read_text())
         write_model(here / "model" / "foo.model", [made], mel=80)
-        uncut = prepare(recordings, here / "uncut", "--cmvn", cmvn)
-        found[cmvn] = here / "model" / "foo.model", uncut
+        found[name] = here / "model" / "foo.model", prepare(recordings, here / "uncut", *options)
     return found
 
 
@@ -628,30 +629,35 @@ def test_audio_gives_what_preparing_it_gives(tmp_path, features, recordings, tra
         assert float((one["84-121-0000"] - other["84-121-0000"]).abs().max()) > 1e-3
 
 
-def test_the_training_datas_fbank_is_used(tmp_path, features):
+def test_the_training_datas_fbank_and_variance_are_used(tmp_path, features):
     rows = [
-        {"frame_shift_ms": 20.0},
-        {"frame_length_ms": 32.0, "num_mel_bins": 40},
-        {"window_type": "povey", "htk_compat": False},
-        {"sample_rate": 8000, "num_mel_bins": 23},
+        ({"frame_shift_ms": 20.0}, {"norm_vars": True}),
+        ({"frame_length_ms": 32.0, "num_mel_bins": 40}, {"norm_vars": False}),
+        ({"window_type": "povey", "htk_compat": False}, {}),  # from before there was norm_vars
+        (
+            {"sample_rate": 8000, "num_mel_bins": 23},
+            {"norm_vars": True, "unbiased_vars": True},
+        ),
     ]
-    for number, changes in enumerate(rows):
+    for number, (changes, options) in enumerate(rows):
         checkpoint = tmp_path / f"{number}" / "foo.model"
         fbank = audio.fbank_settings(changes)
         rate, mel = int(fbank["sample_rate"]), fbank["num_mel_bins"]
         made = {"source": "audio", "fbank": fbank, "cmvn": "utterance"}
-        model = write_model(checkpoint, [made], mel=mel)
+        model = write_model(checkpoint, [made | options], mel=mel)
         samples = speech(0.5, rate=rate)
         frames = audio.fbank(samples.astype(np.float32), fbank).astype(np.float64)
         window, shift = (rate * fbank[f"frame_{key}_ms"] / 1000 for key in ("length", "shift"))
         assert frames.shape == (1 + (len(samples) - window) // shift, mel)
-        frames = (frames - frames.mean(axis=0)) / frames.std(axis=0)
+        frames -= frames.mean(axis=0)
+        if options.get("norm_vars", True):
+            frames /= frames.std(axis=0, ddof=options.get("unbiased_vars", 0))
         got = features(checkpoint, write_sound(tmp_path / "a.wav", samples, rate), "--audio")
         assert_close(got, last_layer(model, {"a": frames.astype(np.float32)}), 1e-4)
 
 
 def test_a_model_of_unknown_features(tmp_path, extract, features, recordings, trained):
-    """It gets the original's settings and CMVN by speaker, and a warning that this is a guess."""
+    """It gets the original's settings and mean by speaker, and a warning that this is a guess."""
     expected = features(trained["speaker"][0], recordings, "--audio")
     kaldi = {"source": "kaldi", "path": "feats.scp", "fbank": None, "cmvn": "none", "mel_dim": 80}
     rows = [[kaldi], [kaldi | {"cmvn": "speaker"}], [None], [], None]
@@ -728,7 +734,7 @@ def test_torchrun(tmp_path, server, features, recordings, trained):
 
 # How the training data were made ------------------------------------------------------------------
 
-FBANK = {"num_mel_bins": 80}
+FBANK = audio.fbank_settings()
 AUDIO = {"source": "audio", "path": "a", "fbank": FBANK, "cmvn": "speaker", "max_seq_len": 30}
 KALDI = AUDIO | {"source": "kaldi", "fbank": None, "cmvn": "none"}
 
@@ -737,9 +743,12 @@ def test_warning_of_other_data(tmp_path, extract, caplog):
     rows = [
         (AUDIO, AUDIO | {"cmvn": "utterance"}, {"cmvn"}),
         (AUDIO, AUDIO | {"fbank": FBANK | {"window_type": "povey"}}, {"fbank"}),
-        (AUDIO, KALDI, {"source", "fbank", "cmvn"}),
-        (KALDI, AUDIO, {"source", "fbank", "cmvn"}),
-        (KALDI, KALDI | {"cmvn": "global"}, {"cmvn"}),
+        (AUDIO, KALDI, {"source", "fbank", "cmvn", "norm_vars"}),
+        (KALDI, AUDIO, {"source", "fbank", "cmvn", "norm_vars"}),
+        (KALDI, KALDI | {"cmvn": "global"}, {"cmvn", "norm_vars"}),
+        (AUDIO, AUDIO | {"norm_vars": True}, set()),  # what it meant before there was the entry
+        (AUDIO, AUDIO | {"norm_vars": False}, {"norm_vars"}),
+        (AUDIO, AUDIO | {"norm_vars": True, "unbiased_vars": True}, {"unbiased_vars"}),
         (AUDIO, AUDIO | {"path": "b", "version": "0.9.9", "max_seq_len": 99}, set()),
         (AUDIO, None, set()),
         (None, AUDIO, set()),
@@ -754,6 +763,7 @@ def test_warning_of_other_data(tmp_path, extract, caplog):
     write_model(tmp_path / "foo.model", [AUDIO, KALDI])
     write_folder(tmp_path / "data", [5])
     (tmp_path / "data" / "prepared.json").write_text(json.dumps(AUDIO | {"cmvn": "none"}))
-    (line,) = warnings_of(extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "out"))
-    assert "cmvn is none" in line and "speaker" in line
+    lines = warnings_of(extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "out"))
+    assert "cmvn is none" in lines[0] and "speaker" in lines[0]
+    assert len(lines) == 2 and "norm_vars is False" in lines[1]
     assert list(read(tmp_path / "out")) == ["utt-000"]

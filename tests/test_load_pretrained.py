@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import hostile_files
 from processes import ONE_THREAD, ROOT, error_line
@@ -61,7 +62,8 @@ def test_importing_and_loading_needs_no_reader_of_other_formats(tmp_path):
     save_model(tmp_path / "w.pt")
     code = (
         "import sys, load_pretrained; load_pretrained.load_pretrained(sys.argv[1], residual=True);"
-        "print({'simdjson', 'kaldiio', 'soundfile', 'kaldi_native_fbank'} & sys.modules.keys())"
+        "others = {'simdjson', 'kaldiio', 'soundfile', 'kaldi_native_fbank', 'safetensors'};"
+        "print(others & sys.modules.keys())"
     )
     command = [sys.executable, "-c", code, tmp_path / "w.pt"]
     env = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
@@ -98,13 +100,47 @@ def test_the_weights_tell_the_network(tmp_path, shape, residual):
     assert_same_outputs(model, reference, model.mel_dim)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_prefixes_of_data_parallel_and_old_formats(tmp_path, legacy):
-    reference = save_model(tmp_path / "w.pt", prenet_layers=1)
-    weights = {f"module.{name}": value for name, value in reference.state_dict().items()}
-    torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    for path, device in ((str(tmp_path / "w.pt"), "cpu"), (tmp_path / "w.pt", torch.device("cpu"))):
-        assert_same_outputs(load_pretrained(path, device, residual=False), reference)
+def theirs(weights):
+    """The same weights as s3prl, VQ-APC and NPC save them."""
+    renamed = {
+        name.replace("rnns.", "rnn_layers.").replace("postnet.layer.", "postnet."): weight
+        for name, weight in weights.items()
+    }
+    return renamed | {"postnet.weight": renamed["postnet.weight"][:, :, 0].clone()}
+
+
+def test_weights_are_told_by_their_names_in_every_format(tmp_path):
+    """Of DataParallel and torch.compile, too; whether they are residual is still to be said."""
+    reference = save_model(tmp_path / "w.pt", residual=True)
+    ours = dict(reference.state_dict())
+    prefixes = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+    named = [
+        {prefix + name: w[name] for name in w} for w in (ours, theirs(ours)) for prefix in prefixes
+    ]
+    npc = [
+        {"model": weights, "optimizer": {}, "global_step": 7} for weights in (ours, theirs(ours))
+    ]
+    for content in named + npc:
+        for legacy in (False, True):
+            torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
+            assert_same_outputs(load_pretrained(tmp_path / "w.pt", residual=True), reference)
+        assert "--residual" in refusal(tmp_path / "w.pt")
+    for content in named:
+        safetensors.torch.save_file(content, tmp_path / "w.safetensors")
+        model = load_pretrained(str(tmp_path / "w.safetensors"), torch.device("cpu"), residual=True)
+        assert_same_outputs(model, reference)
+
+
+def test_vq_apc_is_refused_by_name(tmp_path):
+    weights = theirs(save_model(tmp_path / "w.pt").state_dict())
+    weights["vq_layers.2.vq_logits.weight"] = torch.zeros(128, HIDDEN)
+    for content in (
+        weights,
+        {"model": weights},
+        {f"module.{name}": weights[name] for name in weights},
+    ):
+        torch.save(content, tmp_path / "w.pt")
+        assert "VQ-APC" in refusal(tmp_path / "w.pt", residual=True)
 
 
 def test_whether_it_is_residual_is_told_by_argument_then_config_then_name_or_asked_for(tmp_path):
@@ -184,9 +220,11 @@ def test_files_that_are_no_checkpoint_or_a_damaged_one(tmp_path):
             at = whole.index(weights["postnet.layer.bias"].numpy().tobytes())
             contents["flipped"] = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
     for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
+        for path in (tmp_path / name, tmp_path / f"{name}.safetensors"):
+            path.write_bytes(content)
+            refusal(path, residual=True)
+    for name in ("nowhere.pt", "nowhere.safetensors"):
         refusal(tmp_path / name, residual=True)
-    refusal(tmp_path / "nowhere.pt", residual=True)
     refusal(tmp_path, residual=True)  # a folder
 
 
@@ -243,6 +281,8 @@ def test_a_weight_that_is_missing_too_many_or_wrong_is_named(tmp_path, name, wro
     [
         ("data", [3, "audio", {"source": "audio"}, [{}], [[]]]),
         ("cmvn", [None, "speakers", ["speaker"]]),
+        ("norm_vars", [None, "yes", 1]),
+        ("unbiased_vars", [0]),
         ("fbank", [None, 3, [], {"bins": 80}, {"dither": "1"}, {"eps": float("nan")}]),
         ("fbank", [{"eps": 10**400}]),
         ("cmvn_stats", [None, "sums", [[1.0], [1.0, 2.0]], np.ones((2, MEL)).tolist()]),
@@ -257,7 +297,7 @@ def test_a_config_that_somebody_edited_ends_in_one_line(tmp_path, call_main, key
         if key == "cmvn_stats":
             data["cmvn"] = "global"
         config = {"rnn_residual": True, "data": [data]}
-        (data if key in ("cmvn", "fbank", "cmvn_stats") else config)[key] = value
+        (config if key in ("data", "rnn_dropout") else data)[key] = value
         save_model(tmp_path / "w.pt", config)
         done = call_main(script, tmp_path / "w.pt", "--to_s3prl", tmp_path / "out")
         assert "config.json" in error_line(done, "load_pretrained.py"), value

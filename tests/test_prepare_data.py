@@ -51,13 +51,15 @@ GROUPS = {
 }
 
 
-def normalised(frames, group_of):
+def normalised(frames, group_of, norm_vars=False):
     """CMVN by numpy: {id: frames} -> the same; utterances of one group together."""
     result = {}
     for utt in frames:
         same = [frames[other] for other in frames if group_of(other) == group_of(utt)]
         together = np.concatenate(same).astype(np.float64)
-        result[utt] = (frames[utt] - together.mean(axis=0)) / together.std(axis=0)
+        result[utt] = frames[utt] - together.mean(axis=0)
+        if norm_vars:
+            result[utt] /= together.std(axis=0)
     return result
 
 
@@ -216,6 +218,10 @@ def test_every_source_gives_the_same_normalised_tensors(tmp_path, prepare, sourc
         # To the byte: the statistics are of all frames, before truncation, in every case.
         ours, first = (contents(tmp_path / n, "prepared.json") for n in (name, "flac"))
         assert ours == first
+    if cmvn != "none":
+        prepare(sources["scp"], tmp_path / "vars", "--cmvn", cmvn, "--norm_vars")
+        expected = normalised(FRAMES, GROUPS[cmvn], norm_vars=True)
+        assert_holds(tmp_path / "vars", expected, atol=1e-5)
 
 
 def test_utt2spk_overrides_the_ids(tmp_path, prepare, refused, sources):
@@ -259,7 +265,8 @@ def test_prepared_json_tells_how_a_folder_was_made(tmp_path, prepare, sources):
         ("global", "wav", "--cmvn", "global"),
         ("plain", "wav", "--cmvn", "none"),
         ("dither", "wav", "--cmvn", "none", "--dither", "1"),
-        ("kaldi", "ark", "--cmvn", "utterance"),
+        ("kaldi", "ark", "--cmvn", "utterance", "--norm_vars"),
+        ("s3prl", "few", "--as_s3prl"),
     ]:
         prepare(sources[source], tmp_path / name, *options)
         text = (tmp_path / name / "prepared.json").read_text()
@@ -270,13 +277,17 @@ def test_prepared_json_tells_how_a_folder_was_made(tmp_path, prepare, sources):
         assert prepared[name].items() >= wanted.items()
         assert prepared[name]["source"] == ("kaldi" if name == "kaldi" else "audio")
     cmvn = [value["cmvn"] for value in prepared.values()]
-    assert cmvn == ["speaker", "global", "none", "none", "utterance"]
+    assert cmvn == ["speaker", "global", "none", "none", "utterance", "utterance"]
+    norm_vars = [name for name, value in prepared.items() if value["norm_vars"] is not False]
+    assert norm_vars == ["kaldi", "s3prl"]
+    assert [name for name in prepared if "unbiased_vars" in prepared[name]] == ["s3prl"]
     assert prepared["kaldi"]["fbank"] is None
     fbank = prepared["audio"]["fbank"]
     wanted = {"sample_rate": 16000, "frame_length_ms": 25, "frame_shift_ms": 10, "dither": 0}
     wanted |= {"window_type": "hamming", "num_mel_bins": 80, "use_energy": False, "low_freq": 20}
     assert fbank.items() >= (wanted | {"htk_compat": True, "preemph_coeff": 0.97}).items()
     assert prepared["dither"]["fbank"] == fbank | {"dither": 1}
+    assert prepared["s3prl"]["fbank"] == fbank | {"full_scale": 1, "htk_compat": False}
     without, with_it = (read_folder(tmp_path / name) for name in ("plain", "dither"))
     differences = [np.abs(with_it[utt][0] - without[utt][0]).mean() for utt in without]
     assert min(differences) > 0 and max(differences) < 0.5
@@ -315,6 +326,11 @@ def test_bad_flags(tmp_path, run, sources):
         ("wav", "--librispeech_from_kaldi", sources["ark"]),
         *[("wav", "--dither", value) for value in ("-1", "nan", "inf")],
         ("wav", "--sample_rate", "0"),
+        ("ark", "--norm_vars"),
+        ("wav", "--norm_vars", "--cmvn", "none"),
+        ("ark", "--as_s3prl"),
+        ("wav", "--as_s3prl", "--cmvn", "speaker"),
+        ("wav", "--as_s3prl", "--sample_rate", 8000),
     ]:
         done = run(sources[source], tmp_path / "out", *options)
         assert options[0] in error_line(done, SCRIPT, status=2)

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import extract_features
 import load_pretrained as script
+import prepare_data
 from load_pretrained import load_pretrained
 
 MEL, HIDDEN, LAYERS = 12, 16, 3
@@ -65,18 +67,56 @@ class S3prlAPC(nn.Module):
         return self.postnet(frames), torch.stack(outputs)
 
 
+# torchaudio's, whose Kaldi fbank s3prl calls with what is in `sound`
+DEFAULTS = {
+    **{"preemphasis_coefficient": 0.97, "low_freq": 20.0, "high_freq": 0.0},
+    **{"remove_dc_offset": True, "snip_edges": True, "use_power": True, "use_log_fbank": True},
+}
+
+
+def s3prl_frames(samples, sound):
+    """int16 (samples,) at 16 kHz -> (T, D): log-Mel frames with CMVN, all in float32 as there.
+
+    The samples are taken in [-1, 1]: energies are 2^30 times smaller than Kaldi's of 16-bit
+    integers, but the floor under them is the same.
+    """
+    sound = DEFAULTS | sound
+    wave = torch.from_numpy(samples) / 32768
+    window, shift = (int(16 * sound[name]) for name in ("frame_length", "frame_shift"))
+    size = 2 ** (window - 1).bit_length()
+    if not sound["snip_edges"]:  # it goes on in the mirror
+        count, before = (len(wave) + shift // 2) // shift, window // 2 - shift // 2
+        wave = torch.cat([wave[:before].flip(0), wave, wave.flip(0)])[
+            : (count - 1) * shift + window
+        ]
+    frames = wave.unfold(0, window, shift)
+    if sound["remove_dc_offset"]:
+        frames = frames - frames.mean(dim=1, keepdim=True)
+    previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    frames = frames - sound["preemphasis_coefficient"] * previous
+    spectrum = torch.fft.rfft(frames * torch.hamming_window(window, periodic=False), size).abs()
+    if sound["use_power"]:
+        spectrum = spectrum**2
+
+    def mel(hertz):
+        return 1127 * torch.log1p(torch.as_tensor(hertz) / 700)
+
+    high = sound["high_freq"] + (8000 if sound["high_freq"] <= 0 else 0)
+    edges = torch.linspace(mel(sound["low_freq"]), mel(high), sound["feat_dim"] + 2)[:, None]
+    points = mel(torch.arange(size // 2) * 16000 / size)  # the last of the spectrum is left out
+    rising = (points - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - points) / (edges[2:] - edges[1:-1])
+    frames = spectrum[:, :-1] @ torch.minimum(rising, falling).clamp(min=0).T
+    if sound["use_log_fbank"]:
+        frames = frames.clamp(min=torch.finfo().eps).log()
+    return (frames - frames.mean(0)) / (1e-10 + frames.std(0)) if sound["cmvn"] else frames
+
+
 @torch.no_grad()
 def s3prl_outputs(model, samples, sound):
-    """int16 (samples,) -> predictions (T, D), the last layer's outputs (T, H), by s3prl's features.
-
-    Those are Kaldi's, of samples in [-1, 1] (so that energies are 2^30 times smaller, but the floor
-    under them is the same), with CMVN by utterance or none.
-    """
-    options = {"length_ms": int(sound["frame_length"]), "shift_ms": int(sound["frame_shift"])}
-    frames = reference_fbank(samples / 32768, bins=sound["feat_dim"], **options)
-    if sound["cmvn"]:
-        frames = (frames - frames.mean(axis=0)) / (1e-10 + frames.std(axis=0, ddof=1))
-    predicted, reps = model(torch.from_numpy(frames).float()[None], torch.tensor([len(frames)]))
+    """int16 (samples,) -> predictions (T, D), the last layer's outputs (T, H)."""
+    frames = s3prl_frames(samples, sound)
+    predicted, reps = model(frames[None], torch.tensor([len(frames)]))
     return predicted[0], reps[-1, 0]
 
 
@@ -115,14 +155,18 @@ def from_export(path):
     return model, sound
 
 
-def trained_on(cmvn, source="audio", **fbank):
+def trained_on(cmvn, source="audio", options=None, **fbank):
     """config.json's `data` for one training split."""
     made = {"source": source, "path": "LibriSpeech/train-clean-360", "fbank": None, "cmvn": cmvn}
+    made |= options or {}
     if source == "audio":
         made["fbank"] = PREPARED | {"num_mel_bins": MEL} | fbank
     if cmvn == "global":
         made["cmvn_stats"] = np.ones((2, fbank.get("num_mel_bins", MEL) + 1)).tolist()
     return [made | {"mel_dim": MEL, "max_seq_len": 1600, "version": "1.0.0"}]
+
+
+MEAN_ALONE, AS_S3PRL = {"norm_vars": False}, {"norm_vars": True, "unbiased_vars": True}
 
 
 def our_model(path, data=None, residual=True, **shape):
@@ -186,18 +230,22 @@ def test_loaded_model_is_s3prls(tmp_path, paras):
 
 
 def test_a_minimal_file_with_prefixes(tmp_path):
-    """What s3prl has defaults for may be missing: frames of 25 ms every 10 ms, CMVN."""
+    """What s3prl has defaults for may be missing: frames of 25 ms every 10 ms, CMVN.
 
-    def strip(content):
+    Its runner of 2021 has another name for the config.
+    """
+
+    def strip(content, name):
         content["model"] = {f"module.{name}": value for name, value in content["model"].items()}
         sound = {"feat_type": "fbank", "feat_dim": MEL}
         config = {"data": {"audio": sound}, "model": content["config"]["model"]}
         for key in content.keys() - {"model"}:
             del content[key]
-        content["config"] = config
+        content[name] = config
 
-    theirs = s3prl_file(tmp_path / "apc.ckpt", edit=strip)
-    assert_same_outputs(load_pretrained(tmp_path / "apc.ckpt"), theirs, MEL)
+    for name in ("config", "Upstream_Config"):
+        theirs = s3prl_file(tmp_path / "apc.ckpt", edit=partial(strip, name=name))
+        assert_same_outputs(load_pretrained(tmp_path / "apc.ckpt"), theirs, MEL)
 
 
 def test_a_file_goes_before_its_neighbours(tmp_path):
@@ -212,7 +260,15 @@ def test_a_file_goes_before_its_neighbours(tmp_path):
 
 @pytest.mark.parametrize(
     "sound",
-    [{}, {"frame_shift": 20}, {"frame_length": 32, "frame_shift": 8}, {"cmvn": False}],
+    [
+        {},
+        {"frame_shift": 20, "feat_dim": 80},
+        {"frame_length": 32, "frame_shift": 8},
+        {"cmvn": False},
+        {"preemphasis_coefficient": 0.9, "low_freq": 60, "high_freq": -400.0},
+        {"snip_edges": False, "remove_dc_offset": False, "dither": 0.0},
+        {"use_power": False, "use_log_fbank": False},
+    ],
     ids=str,
 )
 def test_audio_to_features_as_s3prl_does(tmp_path, extract, sound):
@@ -224,8 +280,7 @@ def test_audio_to_features_as_s3prl_does(tmp_path, extract, sound):
     got, warnings = extract(tmp_path / "apc.ckpt", wav, tmp_path / "features")
     assert not warnings, "the file says how its features are made"
     _, expected = s3prl_outputs(theirs, samples, sound)
-    # The variance over T or T - 1 frames: s3prl takes the latter.
-    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -252,14 +307,12 @@ def test_namespaces_are_let_in_for_that_one_file(tmp_path):
         torch.load(tmp_path / "apc.ckpt", weights_only=True)
 
 
-def test_vq_apc_is_refused_by_name(tmp_path):
-    weight = {"vq_layers.0.vq_logits.weight": torch.zeros(128, HIDDEN)}
-    for edit in (
-        lambda content: content["config"]["model"]["paras"].update(vq={"codebook_size": [128]}),
-        lambda content: content["model"].update(weight),
-    ):
-        s3prl_file(tmp_path / "vq.ckpt", edit=edit)
-        assert "VQ-APC" in refusal(tmp_path / "vq.ckpt")
+def test_vq_apc_is_refused_by_its_config(tmp_path):
+    s3prl_file(
+        tmp_path / "vq.ckpt",
+        edit=lambda content: content["config"]["model"]["paras"].update(vq=[1]),
+    )
+    assert "VQ-APC" in refusal(tmp_path / "vq.ckpt")
 
 
 def test_residual_at_equal_widths_is_refused(tmp_path):
@@ -281,6 +334,8 @@ MISSING = object()
         (["config", "data", "audio", "feat_type"], [MISSING, "mfcc"]),
         (["config", "data", "audio", "feat_dim"], [MISSING, "eighty"]),
         (["config", "data", "audio", "frame_length"], ["long", 0]),
+        (["config", "data", "audio", "low_freq"], ["low"]),
+        (["config", "data", "audio", "vtln_warp"], [1.1]),  # which is not supported
         (["config", "data", "audio", "frame_shift"], [None, float("inf")]),
         (["config", "model"], [MISSING]),
         (["config", "model", "paras"], [MISSING, None]),
@@ -291,7 +346,6 @@ MISSING = object()
         (["model", "rnn_layers.0.weight_ih_l0"], [torch.zeros(3 * HIDDEN, MEL + 1)]),
         (["model", "decoder.weight"], [torch.zeros(3)]),
         (["model", "postnet.weight"], [MISSING, torch.zeros(MEL), torch.zeros(())]),
-        (["model", "postnet.weight"], [torch.zeros(MEL, HIDDEN, 1)]),
     ],
 )
 def test_what_is_missing_or_invalid_ends_in_one_line(tmp_path, refuse, keys, values):
@@ -361,14 +415,15 @@ def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
     "data, cmvn, words",
     [
         # data of config.json; cmvn for s3prl; words of a warning, if there is one
-        (trained_on("speaker"), True, ["normalises by utterance", "by speaker"]),
-        (trained_on("global"), True, ["normalises by utterance", "by corpus"]),
-        (trained_on("utterance"), True, None),
+        (trained_on("speaker"), True, ["by speaker (mean and variance)", "--as_s3prl"]),
+        (trained_on("speaker", options=MEAN_ALONE), True, ["by speaker (mean)", "--as_s3prl"]),
+        (trained_on("global") * 2, True, ["by global (mean and variance)", "--as_s3prl"]),
+        (trained_on("utterance", options=MEAN_ALONE), True, ["by utterance (mean)", "--as_s3prl"]),
+        (trained_on("utterance"), True, ["floor", "3 % of their rms", "--as_s3prl"]),
+        (trained_on("utterance", options=AS_S3PRL), True, None),
         (trained_on("none"), False, None),
-        (trained_on("none", "kaldi"), True, ["not known", "normalise by utterance"]),
-        (trained_on("speaker", "kaldi"), True, ["not known", "by speaker"]),
-        ([None], True, ["not known", "normalise by utterance"]),  # the original's folder
-        (trained_on("speaker") * 2, True, ["by speaker"]),
+        (trained_on("none", "kaldi"), True, ["not known", "variance by utterance"]),
+        ([None], True, ["not known", "variance by utterance"]),  # the original's folder
     ],
 )
 def test_cmvn_follows_from_the_training_data(tmp_path, convert, data, cmvn, words):
@@ -386,21 +441,39 @@ def test_last_ckpt_tells_its_training_data(tmp_path, convert):
     assert from_export(tmp_path / "foo.ckpt")[1]["cmvn"] is False
 
 
-@pytest.mark.parametrize("cmvn", ["utterance", "none"])
-def test_an_exported_model_gives_the_same_in_s3prl(tmp_path, convert, extract, cmvn):
-    """From audio: s3prl's features and model, against extract_features.py and the reference."""
-    ours = our_model(tmp_path / "foo.model", trained_on(cmvn, num_mel_bins=40), mel_dim=40)
+def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, extract, call_main):
+    """The training data; and a model's features of new audio, here and, exported, in s3prl."""
+    samples = speech(1.2)
+    samples[4800:6000] = 0  # there the energies are at their floor
+    wav = write(tmp_path / "a.wav", samples)
+    argv = ["--librispeech_from_audio", wav, "--save_dir", tmp_path / "data", "--num_workers", 1]
+    assert not warnings_of(call_main(prepare_data, *argv, "--as_s3prl", "--max_seq_len", 200))
+    frames = s3prl_frames(samples, SOUND | {"feat_dim": 80})
+    stored = torch.load(tmp_path / "data" / "a.pt", weights_only=True)[: len(frames)]
+    torch.testing.assert_close(stored, frames, rtol=0, atol=1e-4)
+
+    made = json.loads((tmp_path / "data" / "prepared.json").read_text())
+    our_model(tmp_path / "foo.model", [made], mel_dim=80)
+    assert not convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
+    got, _ = extract(tmp_path / "foo.model", wav, tmp_path / "features")
+    theirs, sound = from_export(tmp_path / "foo.ckpt")
+    _, expected = s3prl_outputs(theirs, samples, sound)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_of_features_without_cmvn_gives_the_same_in_s3prl(tmp_path, convert, extract):
+    """Its weights take in that s3prl's log energies, and predictions, are smaller by a constant."""
+    ours = our_model(tmp_path / "foo.model", trained_on("none", num_mel_bins=40), mel_dim=40)
     assert not convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
     noise = np.random.default_rng(1).integers(-500, 501, 19200)
     samples = (speech(1.2) // 2 + noise).astype(np.int16)  # nowhere silent: the floors differ
     got, _ = extract(tmp_path / "foo.model", write(tmp_path / "a.wav", samples), tmp_path / "f")
     theirs, sound = from_export(tmp_path / "foo.ckpt")
     predicted, hidden = s3prl_outputs(theirs, samples, sound)
-    torch.testing.assert_close(got, hidden, rtol=0, atol=0.02)
-    if cmvn == "none":  # its log energies, and so its predictions, are smaller by a constant
-        frames = torch.from_numpy(reference_fbank(samples, bins=40)).float()[None]
-        expected = ours(frames, torch.tensor([frames.size(1)]))[0][0] - 2 * math.log(32768)
-        torch.testing.assert_close(predicted, expected, rtol=0, atol=0.001)
+    torch.testing.assert_close(got, hidden, rtol=0, atol=1e-4)
+    frames = torch.from_numpy(reference_fbank(samples, bins=40)).float()[None]
+    expected = ours(frames, torch.tensor([frames.size(1)]))[0][0] - 2 * math.log(32768)
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=0.001)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +483,7 @@ def test_an_exported_model_gives_the_same_in_s3prl(tmp_path, convert, extract, c
         ({"rnn_type": "lstm"}, {}, "LSTM"),
         ({"prenet_layers": 1}, {}, "prenet"),
         ({"hidden": MEL}, {}, "residual"),
+        ({"layers": 2}, {}, "fewer than three"),
         ({}, {"window_type": "povey"}, "fbank"),
         ({}, {"sample_rate": 8000}, "fbank"),
         ({}, {"preemph_coeff": 0.0}, "fbank"),
@@ -422,7 +496,8 @@ def test_an_exported_model_gives_the_same_in_s3prl(tmp_path, convert, extract, c
     ],
 )
 def test_what_s3prl_cannot_express_is_refused(tmp_path, call_main, shape, fbank, expected):
-    our_model(tmp_path / "foo.model", trained_on("utterance", **fbank), **shape)
+    data = trained_on("utterance", options=AS_S3PRL, **fbank)
+    our_model(tmp_path / "foo.model", data, **shape)
     done = call_main(script, tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
     if isinstance(expected, str):
         assert re.search(f"cannot express .*{expected}", error_line(done, "load_pretrained.py"))
@@ -432,10 +507,12 @@ def test_what_s3prl_cannot_express_is_refused(tmp_path, call_main, shape, fbank,
         assert from_export(tmp_path / "foo.ckpt")[1] == SOUND | expected
 
 
-def test_fewer_layers_than_its_upstream_hooks_are_warned_of(tmp_path, convert):
-    """It takes the outputs of layers 1, 2 (from 0) and the last, or ends in an IndexError."""
-    our_model(tmp_path / "foo.model", layers=2)
-    assert "layers" in convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
+def test_which_of_more_than_three_layers_come_out(tmp_path, convert):
+    """Its upstream takes the inputs of layers 1 and 2 (from 0), and the model's outputs."""
+    for layers in (3, 5):
+        our_model(tmp_path / "foo.model", trained_on("none"), layers=layers)
+        warnings = convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / f"{layers}.ckpt")
+        assert ("layers 1, 2 and 5" in warnings) == (layers == 5) == bool(warnings)
 
 
 # --to_state_dict, and where the outputs go --------------------------------------------------------
