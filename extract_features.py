@@ -219,6 +219,8 @@ def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None
         dataset = open_audio(args, prepared)
     else:
         dataset = LibriSpeech(args.data_dir)
+        # With every fbank option, as the model's is.
+        dataset.prepared = training_data({"data": [dataset.prepared]}, args.data_dir)
         warn_of_other_data(prepared, dataset)
     if dataset.mel_dim != model.mel_dim:
         raise UserError(

@@ -80,6 +80,8 @@ def load_with_config(
         config = (read_config(path, found) or {}) | (config or {})
     if residual is None:
         residual = find_residual(path, config)
+    if residual and mel_dim == rnn_config.hidden_size and not config.pop("residual_first", True):
+        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
     model = APCModel(mel_dim, prenet_config, rnn_config._replace(residual=residual))
     copy_weights(model, weights, path)
     return model.to(device).eval(), config | found | {"rnn_residual": residual}
@@ -107,7 +109,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | 
         weights[name] = weight
     if config is not None:
         return from_s3prl(weights, config, path)
-    return rename_s3prl(weights, path), flags
+    renamed = rename_s3prl(weights, path)
+    return renamed, flags if renamed is weights else {"residual_first": False}
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -116,7 +119,7 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:  # the latter may not name the file
         raise UserError(f"{path}: not a file of plain tensors: {error}") from None
 
 
@@ -224,7 +227,9 @@ def training_data(config: dict, name: str) -> dict | None:
             ):
                 raise ValueError("cmvn_stats")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{name}: config.json: missing or invalid in its data: {error}") from None
+        raise UserError(
+            f"{name}: config.json: missing or invalid in what is said of its training data: {error}"
+        ) from None
     return first if fbank is None else first | {"fbank": fbank}  # every option, old files' too
 
 

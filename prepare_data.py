@@ -83,8 +83,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     from_audio = args.librispeech_from_audio is not None
     if args.as_s3prl:
-        if not from_audio or args.cmvn not in (None, "utterance") or args.sample_rate != 16000:
-            parser.error("--as_s3prl is for audio of 16 kHz, with --cmvn utterance")
+        is_its_way = args.cmvn in (None, "utterance") and args.sample_rate == 16000
+        if not from_audio or not is_its_way or args.dither:
+            parser.error("--as_s3prl is for audio of 16 kHz, --cmvn utterance and no dither")
         args.cmvn, args.norm_vars = "utterance", True
     args.cmvn = args.cmvn or ("speaker" if from_audio else "none")
     if args.norm_vars and args.cmvn == "none":

@@ -100,7 +100,7 @@ class Server:
         """
         processes = {}
         for name, args in jobs.items():
-            self._wait_for(lambda: sum(p.returncode is None for p in processes.values()) < 2)
+            comes_true(lambda: sum(p.returncode is None for p in processes.values()) < 2)
             file = record and Path(record) / f"{name}.fed"
             processes[name] = self.start(script, *args, record=file)
         for process in processes.values():
@@ -122,21 +122,15 @@ class Server:
     def run_ranks(self, script, *args, **kw):
         """The same, finished. When one fails the others are killed, as torchrun does."""
         processes = self.start_ranks(script, *args, **kw)
-        self._wait_for(
-            lambda: (
-                all(p.returncode == 0 for p in processes) or any(p.returncode for p in processes)
-            )
-        )
+
+        def is_over():
+            codes = [process.returncode for process in processes]
+            return any(codes) or None not in codes
+
+        comes_true(is_over)
         for process in processes:
             process.kill()
-            process.wait()
-        return processes
-
-    def _wait_for(self, condition, timeout=60):
-        end = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < end, f"waited for {timeout} s in vain"
-            time.sleep(0.005)
+        return [process.wait() for process in processes]
 
     def close(self):
         for process in self.processes:
@@ -168,12 +162,9 @@ class Process:
         return Path(f"{self.output}.stderr").read_text(errors="replace")
 
     def wait(self, timeout=40):
-        end = time.monotonic() + timeout
-        while self.returncode is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise AssertionError(f"still running after {timeout} s:\n{self.stderr}")
-            time.sleep(0.005)
+        if not comes_true(lambda: self.returncode is not None, timeout):
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self.stderr}")
         return self
 
     def kill(self):
@@ -190,6 +181,16 @@ class Process:
             kill(self.pid)
 
 
+def comes_true(condition, timeout=60):
+    """Wait for `condition()` -> whether it came true in time."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.003)
+    return True
+
+
 def error_line(process, script, status=1):
     """The line "script: error: ..." with which a run ended, checked to be all that it says.
 
@@ -199,7 +200,7 @@ def error_line(process, script, status=1):
     output = f"{process.stdout}\n{process.stderr}"
     for sign in ("Traceback", "Logging error", "Exception in thread", "Exception ignored"):
         assert sign not in output, output
-    lines = [line for line in re.split(r"[\r\n]+", process.stderr) if re.search("error: ", line)]
+    lines = [line for line in re.split(r"[\r\n]+", process.stderr) if "error: " in line]
     assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), output
     assert process.stderr.rstrip().endswith(lines[0]), output
     assert process.returncode == status, f"status {process.returncode}: {output}"
@@ -208,13 +209,11 @@ def error_line(process, script, status=1):
 
 def until(condition, process, timeout=40):
     """Wait for `condition()` while `process` runs."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert process.returncode is None, f"ended too early:\n{process.stderr}"
-        if time.monotonic() > end:
-            process.kill()
-            raise AssertionError(f"waited for {timeout} s in vain:\n{process.stderr}")
-        time.sleep(0.003)
+    comes_true(lambda: condition() or process.returncode is not None, timeout)
+    if not condition():
+        what = "ended too early" if process.returncode is not None else "waited for in vain"
+        process.kill()
+        raise AssertionError(f"{what}:\n{process.stderr}")
 
 
 def children(pid):

@@ -94,10 +94,8 @@ def options_by_hand(settings):
 def test_settings_are_the_originals_and_nothing_is_left_to_the_library():
     """Also fails when a new version of the library brings a new option."""
     settings = fbank_settings()
-    assert settings.keys() == PREPARED.keys()
-    for name, value in PREPARED.items():
-        assert type(settings[name]) is type(value), name
-        assert settings[name] == (pytest.approx(value) if type(value) is float else value), name
+    assert settings == PREPARED == fbank_settings(PREPARED)
+    assert all(type(settings[name]) is type(value) for name, value in PREPARED.items())
     changes = {"dither": 1.0, "num_mel_bins": 40, "sample_rate": 8000}
     assert fbank_settings(changes) == settings | changes
     assert fbank_settings(json.loads(json.dumps(settings))) == settings
@@ -117,16 +115,6 @@ def test_every_setting_reaches_the_library(monkeypatch):
         with pytest.raises(UserError, match="seen"):
             fbank(np.zeros(RATE, np.float32), fbank_settings(settings))
         assert seen.pop() == options_by_hand(settings).as_dict(), name
-
-
-def test_settings_of_an_older_prepared_json_give_its_features_to_the_bit():
-    samples = speech(0.5).astype(np.float32)
-    extractor = kaldi_native_fbank.OnlineFbank(options_by_hand(PREPARED))
-    extractor.accept_waveform(RATE, samples.tolist())
-    expected = [extractor.get_frame(i) for i in range(extractor.num_frames_ready)]
-    settings = fbank_settings(PREPARED)
-    assert np.array_equal(fbank(samples, settings), expected)
-    assert settings == fbank_settings(), "the same settings compare equal, whoever wrote them"
 
 
 @pytest.mark.parametrize(
@@ -404,8 +392,9 @@ def test_constant_dimensions_become_zero():
     frames[:, 2] = np.linspace(-1, 1, 999)
     stats = sum(cmvn_stats(frames[:length]) for length in rng.integers(1, 999, 1000))
     for unbiased in (False, True):
-        normalised = apply_cmvn(frames, stats, norm_vars=True, unbiased=unbiased)
+        with np.errstate(divide="raise", invalid="raise"):
+            normalised = apply_cmvn(frames, stats, norm_vars=True, unbiased=unbiased)
+            one = apply_cmvn(frames[:1], cmvn_stats(frames[:1]), True, unbiased)
         assert normalised[:, 2].std() > 0.5
         normalised[:, 2] = 0
-        assert not normalised.any()
-        assert not apply_cmvn(frames[:1], cmvn_stats(frames[:1]), True, unbiased).any()
+        assert not normalised.any() and not one.any()

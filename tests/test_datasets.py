@@ -157,20 +157,21 @@ def test_short_utterances_are_left_out_with_one_warning(tmp_path, caplog):
 
 
 def test_warning_of_data_made_in_another_way(tmp_path, caplog):
-    made = {"source": "audio", "cmvn": "speaker", "fbank": {"dither": 0.0}, "path": "there"}
+    made = {"source": "audio", "fbank": {"dither": 0.0}, "cmvn": "speaker", "path": "there"}
+    now = made | {"norm_vars": True, "unbiased_vars": False}
     write_folder(tmp_path / "set", {"a": 3})
-    write_json(made, tmp_path / "set" / "prepared.json")
+    write_json(now, tmp_path / "set" / "prepared.json")
     dataset = LibriSpeech(tmp_path / "set")
-    assert dataset.prepared == made
-    for key, value in {"source": "kaldi", "cmvn": "none", "fbank": {"dither": 1.0}}.items():
+    assert dataset.prepared == now
+    changes = {"source": "kaldi", "fbank": {"dither": 1.0}, "cmvn": "utterance"}
+    for key, value in (changes | {"norm_vars": False, "unbiased_vars": True}).items():
         caplog.clear()
-        warn_of_other_data(made | {key: value}, dataset)
+        warn_of_other_data(now | {key: value}, dataset)
         (warning,) = caplog.messages
-        for part in (tmp_path / "set", key, value, made[key]):
-            assert str(part) in warning
+        assert all(str(part) in warning for part in (tmp_path / "set", key, value, now[key]))
     caplog.clear()
-    warn_of_other_data(made | {"path": "elsewhere"}, dataset)
-    warn_of_other_data(None, dataset)
+    for alike in (made, now | {"path": "elsewhere"}, None):  # the first from before there was more
+        warn_of_other_data(alike, dataset)
     assert not caplog.messages
 
 

@@ -83,7 +83,7 @@ def test_any_number_of_processes_goes_on(server, place, one):
 
 
 def test_two_processes_resume_exactly(server, place):
-    """With dropout, which differs from process to process."""
+    """With dropout, for which each process draws numbers of its own."""
     paths = []
     for name, limits in (("two-whole", [12]), ("two-stopped", [8, 12])):
         flags, path = place(name)

@@ -634,10 +634,7 @@ def test_the_training_datas_fbank_and_variance_are_used(tmp_path, features):
         ({"frame_shift_ms": 20.0}, {"norm_vars": True}),
         ({"frame_length_ms": 32.0, "num_mel_bins": 40}, {"norm_vars": False}),
         ({"window_type": "povey", "htk_compat": False}, {}),  # from before there was norm_vars
-        (
-            {"sample_rate": 8000, "num_mel_bins": 23},
-            {"norm_vars": True, "unbiased_vars": True},
-        ),
+        ({"sample_rate": 8000, "num_mel_bins": 23}, {"norm_vars": True, "unbiased_vars": True}),
     ]
     for number, (changes, options) in enumerate(rows):
         checkpoint = tmp_path / f"{number}" / "foo.model"

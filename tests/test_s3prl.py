@@ -86,9 +86,8 @@ def s3prl_frames(samples, sound):
     size = 2 ** (window - 1).bit_length()
     if not sound["snip_edges"]:  # it goes on in the mirror
         count, before = (len(wave) + shift // 2) // shift, window // 2 - shift // 2
-        wave = torch.cat([wave[:before].flip(0), wave, wave.flip(0)])[
-            : (count - 1) * shift + window
-        ]
+        end = (count - 1) * shift + window
+        wave = torch.cat([wave[:before].flip(0), wave, wave.flip(0)])[:end]
     frames = wave.unfold(0, window, shift)
     if sound["remove_dc_offset"]:
         frames = frames - frames.mean(dim=1, keepdim=True)
@@ -308,10 +307,10 @@ def test_namespaces_are_let_in_for_that_one_file(tmp_path):
 
 
 def test_vq_apc_is_refused_by_its_config(tmp_path):
-    s3prl_file(
-        tmp_path / "vq.ckpt",
-        edit=lambda content: content["config"]["model"]["paras"].update(vq=[1]),
-    )
+    def edit(content):
+        content["config"]["model"]["paras"]["vq"] = {"codebook_size": [128], "code_dim": [HIDDEN]}
+
+    s3prl_file(tmp_path / "vq.ckpt", edit=edit)
     assert "VQ-APC" in refusal(tmp_path / "vq.ckpt")
 
 

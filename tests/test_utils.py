@@ -1,9 +1,11 @@
 """utils.py: files that are whole or not there, processes that may die, errors in one line."""
 
+import concurrent.futures
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -16,6 +18,8 @@ from utils import (
     atomic_write,
     check_utt_id,
     load,
+    lock_folder,
+    on_each_core,
     read_json,
     run_jobs,
     save,
@@ -129,6 +133,49 @@ def test_a_job_that_fails_and_a_worker_that_is_killed(num_workers):
         with pytest.raises(UserError, match=message):
             list(run_jobs([0, 1, job, *range(100)], work, num_workers))
         assert children(os.getpid()) == before
+
+
+def test_each_core_takes_a_share_of_a_batch():
+    """All at once, with gradients; results are in the order of the shares."""
+    numbers, names = torch.arange(14.0, requires_grad=True), list("abcdefghijklmn")
+
+    def double(numbers, names):
+        barrier.wait(timeout=10)
+        return 2 * numbers, names
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for size, shares in ((14, 3), (11, 2), (7, 1), (0, 1)):  # none of fewer than 4
+            barrier, numbers.grad = threading.Barrier(shares), None
+            results = on_each_core(double, numbers[:size], names[:size])
+            assert [some for _, some in results] == [names[:size][i::shares] for i in range(shares)]
+            torch.cat([doubled for doubled, _ in results]).sum().backward()
+            assert numbers.grad.sum() == 2 * size
+    finally:
+        torch.set_num_threads(cores)
+
+
+def lock(path):
+    try:
+        return lock_folder(path)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_folder_is_one_process_own(tmp_path):
+    """Until that ends, in whatever way."""
+    assert lock(tmp_path) is None
+    with concurrent.futures.ProcessPoolExecutor(1) as pool:
+        assert pool.submit(lock, tmp_path).result().startswith(f"{tmp_path}: another process")
+        (tmp_path / "other").mkdir()
+        assert pool.submit(lock, tmp_path / "other").result() is None
+        (worker,) = pool._processes
+        assert "another process" in lock(tmp_path / "other")
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(concurrent.futures.process.BrokenProcessPool):
+            pool.submit(lock, tmp_path).result()
+    assert lock(tmp_path / "other") is None
 
 
 # A script's end -----------------------------------------------------------------------------------
