@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -302,16 +303,21 @@ def build_loader(
 
 
 def _prepare_worker(_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a script's own handler
+    # A worker can be killed by SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # A batch that cannot be handed over, for lack of memory or descriptors, would be lost, and the
     # main process would wait for it for ever; that of a dead worker is noticed.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+    # The thread that hands tensors over would complain of a main process that has just ended.
+    sys.excepthook = lambda *_: None
 
 
 def _start_workers(loader):
     """iter(loader); signals that reach a whole process group are for the main process alone."""
-    # Workers inherit what is blocked. SIGTERM can still end them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+    # Workers inherit what is blocked, and half an iterator is of no use.
+    ours = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
     try:
         return iter(loader)
     finally:

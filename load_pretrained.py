@@ -80,7 +80,8 @@ def load_with_config(
         config = (read_config(path, found) or {}) | (config or {})
     if residual is None:
         residual = find_residual(path, config)
-    if residual and mel_dim == rnn_config.hidden_size and not config.pop("residual_first", True):
+    residual_first = config.pop("residual_first", True)
+    if residual and not residual_first and mel_dim == rnn_config.hidden_size:
         raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
     model = APCModel(mel_dim, prenet_config, rnn_config._replace(residual=residual))
     copy_weights(model, weights, path)

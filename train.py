@@ -793,7 +793,7 @@ def open_folder(run: Run) -> None:
     config = vars(args) | {"data": run.data.prepared, "version": __version__}
     write_json(config, os.path.join(run.path, "config.json"))
     tb_log = os.path.join(run.path, f"{args.experiment_name}.tb_log")
-    run.writer = SummaryWriter(tb_log, purge_step=state["step"] or None)
+    run.writer = SummaryWriter(tb_log, purge_step=state["step"])
 
 
 # The run ------------------------------------------------------------------------------------------

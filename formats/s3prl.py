@@ -118,7 +118,7 @@ def to_s3prl(model: APCModel, data: dict, dropout: float) -> dict:
     """
     fbank = fbank_settings({"num_mel_bins": model.mel_dim} | (data.get("fbank") or {}))
     refuse_what_s3prl_lacks(model, fbank)
-    cmvn = choose_cmvn(data)
+    cmvn = choose_cmvn(data, fbank)
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
     weights = rename(weights, {new: old for old, new in FROM_S3PRL.items()})
     weights["postnet.weight"] = weights["postnet.weight"][:, :, 0].clone()
@@ -162,7 +162,7 @@ def refuse_what_s3prl_lacks(model: APCModel, fbank: dict) -> None:
         )
 
 
-def choose_cmvn(data: dict) -> str:
+def choose_cmvn(data: dict, fbank: dict) -> str:
     """How s3prl will normalise, "utterance" or "none"; warns if the model was trained otherwise."""
     cmvn, options = cmvn_settings(data)
     if data.get("source") != "audio":
@@ -172,23 +172,22 @@ def choose_cmvn(data: dict) -> str:
             "take the original's fbank settings, and normalise mean and variance by utterance"
         )
         return "utterance"
-    if cmvn == "none":
-        return "none"
-    if cmvn != "utterance" or not options["norm_vars"]:
+    is_same = cmvn == "none" or (cmvn == "utterance" and options["norm_vars"])
+    if not is_same:
         logging.warning(
             "the model was trained on features normalised by %s (%s); s3prl normalises mean and "
-            "variance by utterance: its features will be others. Models that agree are trained on "
-            "what prepare_data.py --as_s3prl makes",
+            "variance by utterance: its features will be others (in a test, by 80 %% of their "
+            "rms). Models that agree are trained on what prepare_data.py --as_s3prl makes",
             cmvn,
             "mean and variance" if options["norm_vars"] else "mean",
         )
-    elif not options["unbiased"]:
+    elif fbank["full_scale"] != 1:
         logging.warning(
             "s3prl's log energies have a higher floor than those that the model was trained on: "
-            "its features will differ by about 3 % of their rms. Models that agree are trained on "
-            "what prepare_data.py --as_s3prl makes"
+            "its features will differ (in a test, by 1 % of their rms, and by up to 0.5 in "
+            "silences). Models that agree are trained on what prepare_data.py --as_s3prl makes"
         )
-    return "utterance"
+    return "none" if cmvn == "none" else "utterance"
 
 
 def absorb_scale(weights: dict[str, Tensor], full_scale: float) -> None:

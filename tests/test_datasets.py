@@ -1,5 +1,6 @@
 """datasets.py: prepared folders read back without executing anything, and batches drawn fairly."""
 
+import contextlib
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Hostile, hostile_files
+from conftest import Hostile, hostile_files, make_folder
 from processes import children
 
 from datasets import (
@@ -27,22 +28,8 @@ from datasets import (
 from utils import UserError, write_json
 
 
-def write_folder(path, lengths, width=5, seq_len=12, protocol=3, legacy=False):
-    """The original's layout, by hand: {id: frames} -> folder, {file name: (seq_len, width)}."""
-    path.mkdir()
-    generator = torch.Generator().manual_seed(3)
-    tensors = {}
-    for utt, length in lengths.items():
-        tensor = torch.zeros(seq_len, width)
-        tensor[:length] = torch.randn(length, width, generator=generator)
-        torch.save(tensor, path / f"{utt}.pt", _use_new_zipfile_serialization=not legacy)
-        tensors[f"{utt}.pt"] = tensor
-    write_lengths(path, {f"{utt}.pt": length for utt, length in lengths.items()}, protocol)
-    return tensors
-
-
-def write_lengths(path, lengths, protocol=3):
-    (path / "lengths.pkl").write_bytes(pickle.dumps(lengths, protocol=protocol))
+def write_lengths(path, lengths, protocol=4):
+    (path / "lengths.pkl").write_bytes(pickle.dumps(lengths, protocol))
 
 
 def refusal(path, **kw):
@@ -61,24 +48,25 @@ def refusal(path, **kw):
 
 
 def test_reads_what_the_original_wrote(tmp_path):
-    lengths = {"103-1-0000": 12, "b": 1, "a.c": 7}
+    """With any protocol of pickle, and PyTorch's format of 2019 too."""
+    path = tmp_path / "set"
+    tensors, lengths = make_folder(path, [12, 1, 7], 5, prefix="a.c")
     for protocol in range(6):
-        for legacy in (False, True):
-            path = tmp_path / f"{protocol}{legacy}"
-            tensors = write_folder(path, lengths, protocol=protocol, legacy=legacy)
+        write_lengths(path, lengths, protocol)
+        for zipped in (True, False):
+            for name, frames in tensors.items():
+                torch.save(frames, path / name, _use_new_zipfile_serialization=zipped)
             dataset = LibriSpeech(str(path))
-            assert dataset.lengths == {f"{utt}.pt": length for utt, length in lengths.items()}
-            assert sorted(dataset.ids) == sorted(tensors) and len(dataset) == 3
-            assert (dataset.seq_len, dataset.mel_dim) == (12, 5)
+            assert dataset.lengths == lengths and dataset.ids == list(tensors)
+            assert (len(dataset), dataset.seq_len, dataset.mel_dim) == (3, 12, 5)
             assert dataset.prepared is None
-            for index, name in enumerate(dataset.ids):
-                frames, length = dataset[index]
+            for name, (frames, length) in zip(dataset.ids, dataset):
                 assert torch.equal(frames, tensors[name]) and frames.dtype == torch.float32
-                assert type(length) is int and length == lengths[name.removesuffix(".pt")]
+                assert type(length) is int and length == lengths[name]
 
 
 def test_unfinished_or_missing_folder(tmp_path):
-    write_folder(tmp_path / "set", {"a": 3})
+    make_folder(tmp_path / "set", [3])
     (tmp_path / "set" / "lengths.pkl").unlink()
     assert "lengths.pkl" in refusal(tmp_path / "set")
     assert "prepare_data.py" in refusal(tmp_path / "nowhere")
@@ -86,16 +74,16 @@ def test_unfinished_or_missing_folder(tmp_path):
 
 def test_hostile_files_are_refused_and_not_run(tmp_path):
     path = tmp_path / "set"
-    write_folder(path, {"a": 3, "b": 4})
+    make_folder(path, [3, 4])
     files, marker = hostile_files(tmp_path)
     pickle.loads(files["pickle"].read_bytes())
     assert marker.exists(), "the attack is real"
     marker.unlink()
-    for legacy in ("zip", "legacy"):
-        shutil.copy(files[legacy], path / "b.pt")
-        assert "b.pt" in refusal(path)
+    for kind in ("zip", "legacy"):
+        shutil.copy(files[kind], path / "utt-001.pt")
+        assert "utt-001.pt" in refusal(path)
     for protocol in (0, 2, 4):
-        for content in (Hostile(marker), {"a.pt": 3, "b.pt": Hostile(marker)}):
+        for content in (Hostile(marker), {"utt-000.pt": 3, "utt-001.pt": Hostile(marker)}):
             write_lengths(path, content, protocol)
             assert "lengths.pkl" in refusal(path)
     assert not marker.exists()
@@ -104,71 +92,72 @@ def test_hostile_files_are_refused_and_not_run(tmp_path):
 def test_lengths_that_are_no_lengths(tmp_path):
     """Other values, and files damaged or cut short."""
     path = tmp_path / "set"
-    write_folder(path, {f"utt-{i}": 3 for i in range(20)})
+    make_folder(path, [12] * 20)
     whole = (path / "lengths.pkl").read_bytes()
     values = [[("a.pt", 3)], 3, None, {"a.pt": "3"}, {"a.pt": 3.0}, {"a.pt": None}, {1: 3}]
     values += [{"a.pt": {"length": 3}}, {"a.pt": np.int64(3)}, {"a.pt": -1}, {"a.pt": True}]
-    values += [{"a": 3}, {"../set/utt-1.pt": 3}]
+    values += [{"a": 3}, {"../set/utt-001.pt": 3}]
     contents = [pickle.dumps(value) for value in values]
     contents += [b"", b"a.pt 3\n", b"\x80\x04", b"Pid\n.", b"\xff" * 40]
     contents += [whole[:keep] for keep in (1, len(whole) // 2, len(whole) - 1)]
     for content in contents:
         (path / "lengths.pkl").write_bytes(content)
         assert "lengths.pkl" in refusal(path), content
-    write_lengths(path, {"utt-1.pt": 13})  # more than is stored
-    assert "utt-1.pt" in refusal(path)
+    write_lengths(path, {"utt-001.pt": 13})  # more than is stored
+    assert "utt-001.pt" in refusal(path)
     write_lengths(path, {})
     refusal(path)
 
 
 def test_tensors_that_are_none_of_the_sets(tmp_path):
-    """The file is named; of two shapes, which is the odd one cannot be told from the others."""
     path = tmp_path / "set"
-    write_folder(path, {"a": 3, "b": 4, "c": 5})
-    whole = (path / "c.pt").read_bytes()
+    make_folder(path, [12, 4, 5], 5)
+    file = path / "utt-002.pt"
+    whole = file.read_bytes()
     values = [torch.zeros(shape) for shape in ((11, 5), (13, 5), (12, 6), (60,), (1, 12, 5))]
     values += [torch.zeros(12, 5, dtype=dtype) for dtype in (torch.float64, torch.int64)]
     values += [torch.zeros(12, 5).to_sparse(), torch.zeros(12, 5, device="meta")]
     values += [torch.zeros(1).expand(12, 5), {"x": torch.zeros(12, 5)}, [0.0] * 60]
     for value in values:
-        torch.save(value, path / "c.pt")
-        assert "/c.pt" in refusal(path), value
-    torch.save(torch.zeros(12, 5), path / "c.pt", _use_new_zipfile_serialization=False)
-    legacy = (path / "c.pt").read_bytes()
+        torch.save(value, file)
+        assert file.name in refusal(path), value
+    torch.save(torch.zeros(12, 5), file, _use_new_zipfile_serialization=False)
+    legacy = file.read_bytes()
     contents = [b"", b"no tensor", b"PK\x03\x04 and no more"]
     for content in [*contents, whole[: len(whole) // 2], legacy[: len(legacy) // 2]]:
-        (path / "c.pt").write_bytes(content)
-        assert "/c.pt" in refusal(path), content
-    (path / "c.pt").unlink()
-    assert "c.pt" in refusal(path)
+        file.write_bytes(content)
+        assert file.name in refusal(path), content
+    file.unlink()
+    assert file.name in refusal(path)
 
 
 def test_short_utterances_are_left_out_with_one_warning(tmp_path, caplog):
-    lengths = {f"short-{i}": i % 3 + 1 for i in range(7)} | {"d": 4, "e": 12}
-    write_folder(tmp_path / "set", lengths)
+    path = tmp_path / "set"
+    make_folder(path, [1, 4, 2, 3, 12, 1, 2, 3, 1])
     with caplog.at_level(logging.WARNING):
-        dataset = LibriSpeech(tmp_path / "set", time_shift=3)
-        assert sorted(dataset.ids) == ["d.pt", "e.pt"]
-        assert sorted(length for _, length in (dataset[0], dataset[1])) == [4, 12]
-        assert len(LibriSpeech(tmp_path / "set")) == 9
+        dataset = LibriSpeech(path, time_shift=3)
+        assert dataset.ids == ["utt-001.pt", "utt-004.pt"]
+        assert [length for _, length in dataset] == [4, 12]
+        assert len(LibriSpeech(path)) == 9
     (warning,) = caplog.messages
-    assert re.search(r"\b7\b", warning.replace(str(tmp_path), ""))
-    assert re.search(r"\b12\b", refusal(tmp_path / "set", time_shift=12)), "none is left"
+    assert re.search(r"\b7\b", warning.replace(str(path), ""))
+    assert re.search(r"\b12\b", refusal(path, time_shift=12)), "none is left"
 
 
 def test_warning_of_data_made_in_another_way(tmp_path, caplog):
+    path = tmp_path / "set"
     made = {"source": "audio", "fbank": {"dither": 0.0}, "cmvn": "speaker", "path": "there"}
     now = made | {"norm_vars": True, "unbiased_vars": False}
-    write_folder(tmp_path / "set", {"a": 3})
-    write_json(now, tmp_path / "set" / "prepared.json")
-    dataset = LibriSpeech(tmp_path / "set")
+    make_folder(path, [3])
+    write_json(now, path / "prepared.json")
+    dataset = LibriSpeech(path)
     assert dataset.prepared == now
     changes = {"source": "kaldi", "fbank": {"dither": 1.0}, "cmvn": "utterance"}
     for key, value in (changes | {"norm_vars": False, "unbiased_vars": True}).items():
         caplog.clear()
         warn_of_other_data(now | {key: value}, dataset)
         (warning,) = caplog.messages
-        assert all(str(part) in warning for part in (tmp_path / "set", key, value, now[key]))
+        assert all(str(part) in warning for part in (path, key, value, now[key]))
     caplog.clear()
     for alike in (made, now | {"path": "elsewhere"}, None):  # the first from before there was more
         warn_of_other_data(alike, dataset)
@@ -182,10 +171,10 @@ def test_warning_of_data_made_in_another_way(tmp_path, caplog):
 def two_folders(tmp_path):
     """Two folders as one dataset, and {utterance id: its real frames}."""
     truth, parts = {}, []
-    for name, start, count in (("first", 0, 15), ("second", 15, 8)):
-        lengths = {f"utt-{i}": 1 + i % 12 for i in range(start, start + count)}
-        tensors = write_folder(tmp_path / name, lengths)
-        truth |= {utt: tensors[f"{utt}.pt"][:length] for utt, length in lengths.items()}
+    for name, count in (("first", 15), ("second", 8)):
+        lengths = [1 + 5 * i % 12 for i in range(count)]
+        tensors, table = make_folder(tmp_path / name, lengths, 5, 12, prefix=name)
+        truth |= {file.removesuffix(".pt"): tensors[file][:n] for file, n in table.items()}
         parts.append(LibriSpeech(tmp_path / name))
     return Utterances(parts), truth
 
@@ -232,7 +221,7 @@ def test_loader_gives_every_utterance_once(two_folders, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_while_loading_is_one_line_that_names_the_file(two_folders, num_workers):
     dataset, _ = two_folders
-    path = os.path.join(dataset.datasets[1].path, "utt-17.pt")
+    path = os.path.join(dataset.datasets[1].path, "second-002.pt")
     others = children(os.getpid())
 
     def message():
@@ -273,18 +262,23 @@ def test_a_worker_that_dies_is_noticed_within_seconds(two_folders):
         except UserError as error:
             return str(error)
 
-    (healthy, worker), (terminated, second), (killed, third) = start(), start(), start()
-    os.kill(worker, signal.SIGINT)
-    os.kill(worker, signal.SIGUSR1)
-    os.kill(second, signal.SIGTERM)
-    os.kill(third, signal.SIGKILL)
+    runs = [start(), start(), start()]
     dataset.ids[5] = Unsendable()
-    unsendable, _ = start()
+    runs.append(start())
+    readers, workers = zip(*runs)
+    signals = [signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM], [signal.SIGKILL], []
+    for worker, numbers in zip(workers, signals):
+        for number in numbers:
+            os.kill(worker, number)
     with ThreadPoolExecutor() as pool:
-        results = pool.map(fate, (healthy, terminated, killed, unsendable), timeout=20)
-        assert next(results) == len(dataset) - 1
-        for message in results:
-            assert message.startswith("a process that loads data cannot go on: ")
+        results = pool.map(fate, readers, timeout=20)
+        try:
+            assert next(results) == len(dataset) - 1
+            for message in results:
+                assert message.startswith("a process that loads data cannot go on: ")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(workers[-1], signal.SIGKILL)
 
 
 def test_too_little_shared_memory_is_an_error_at_the_start(two_folders, monkeypatch):

@@ -68,7 +68,7 @@ def test_any_number_of_processes_goes_on(server, place, one):
     flags = [*PLAIN, *flags, "--resume"]
     all_succeeded([server.run("train.py", *flags, "--max_steps", 4)])
     for world_size, step in ((3, 7), (2, 12)):
-        ranks = server.start_ranks("train.py", *flags, world_size=world_size, slow_disk=0.3)
+        ranks = server.start_ranks("train.py", *flags, world_size=world_size, slow_disk=0.15)
         until_step(step, ranks[0], path)
         os.kill(ranks[-1].pid, signal.SIGUSR1)
         ranks[-1].wait()
