@@ -1,5 +1,6 @@
 """A prepared folder read back: utterances, batches, and the order in which they come."""
 
+import contextlib
 import logging
 import multiprocessing.queues
 import os
@@ -303,9 +304,7 @@ def build_loader(
 
 
 def _prepare_worker(_):
-    # A worker can be killed by SIGTERM.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a script's own handler
     # A batch that cannot be handed over, for lack of memory or descriptors, would be lost, and the
     # main process would wait for it for ever; that of a dead worker is noticed.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
@@ -313,29 +312,35 @@ def _prepare_worker(_):
     sys.excepthook = lambda *_: None
 
 
-def _start_workers(loader):
-    """iter(loader); signals that reach a whole process group are for the main process alone."""
-    # Workers inherit what is blocked, and half an iterator is of no use.
-    ours = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Yield a loader's batches.
+    """Start a loader's workers -> an iterator over its batches.
 
-    Raises:
+    Raises (also from the iterator):
         UserError: an utterance cannot be used, or a worker process cannot go on.
     """
+    # Signals that reach a whole process group are for the main process: workers inherit that these
+    # are blocked. SIGTERM can still end them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
     try:
-        iterator = _start_workers(loader)
-        # PyTorch's handler would raise in the middle of a step when a worker ends. Without it, the
-        # loader notices within five seconds, while it waits for a batch.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        yield from iterator
+        with _report_worker_errors():
+            iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # PyTorch's handler would raise in the middle of a step when a worker ends. Without it, the
+    # loader notices within five seconds, while it waits for a batch.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def batches():
+        with _report_worker_errors():
+            yield from iterator
+
+    return batches()
+
+
+@contextlib.contextmanager
+def _report_worker_errors():
+    try:
+        yield
     except (UserError, OSError, RuntimeError) as error:
         # A worker's error comes as the text of its traceback, which ends with the message.
         last_line = str(error).strip().splitlines()[-1]
