@@ -1,6 +1,5 @@
 """A prepared folder read back: utterances, batches, and the order in which they come."""
 
-import contextlib
 import logging
 import multiprocessing.queues
 import os
@@ -322,8 +321,9 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     # are blocked. SIGTERM can still end them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
     try:
-        with _report_worker_errors():
-            iterator = iter(loader)
+        iterator = iter(loader)
+    except (OSError, RuntimeError) as error:
+        raise _loading_error(error) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # PyTorch's handler would raise in the middle of a step when a worker ends. Without it, the
@@ -331,19 +331,18 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def batches():
-        with _report_worker_errors():
+        try:
             yield from iterator
+        except (UserError, OSError, RuntimeError) as error:
+            # Without its traceback, which would hold on to the loader and so to its workers.
+            raise _loading_error(error.with_traceback(None)) from None
 
     return batches()
 
 
-@contextlib.contextmanager
-def _report_worker_errors():
-    try:
-        yield
-    except (UserError, OSError, RuntimeError) as error:
-        # A worker's error comes as the text of its traceback, which ends with the message.
-        last_line = str(error).strip().splitlines()[-1]
-        if isinstance(error, UserError):
-            raise UserError(last_line.removeprefix("utils.UserError: ")) from None
-        raise UserError(f"a process that loads data cannot go on: {last_line}") from None
+def _loading_error(error):
+    # A worker's error comes as the text of its traceback, which ends with the message.
+    last_line = str(error).strip().splitlines()[-1]
+    if isinstance(error, UserError):
+        return UserError(last_line.removeprefix("utils.UserError: "))
+    return UserError(f"a process that loads data cannot go on: {last_line}")

@@ -128,7 +128,8 @@ def check_utt_id(utt_id: str | bytes, where: str) -> str:
             f"{where}: expected an utterance id in UTF-8, found {quote(utt_id)}"
         ) from None
     if (
-        utt_id.startswith(".")
+        not utt_id
+        or utt_id.startswith(".")
         or re.search(r"[/\\]", utt_id)
         or not utt_id.isprintable()
         or len(utt_id.encode()) > 240
