@@ -216,10 +216,10 @@ def normalise(job: list[tuple], save_dir: str, options: dict) -> int:
     """The second pass over [(utterance id, frames, CMVN statistics)], in a worker -> how many."""
     for utt_id, length, stats in job:
         path = os.path.join(save_dir, f"{utt_id}.pt")
-        padded = load(path)
-        frames = audio.apply_cmvn(padded[:length].numpy(), stats, **options)
-        padded[:length] = torch.from_numpy(frames)
-        save(padded, path, sync=False)
+        padded = load(path).numpy()
+        padded[:length] = audio.apply_cmvn(padded[:length], stats, **options)
+        os.remove(path)  # ext4 waits for the disk where one file replaces another
+        save(torch.from_numpy(padded), path, sync=False)
     return len(job)
 
 

@@ -424,9 +424,11 @@ class Batch(NamedTuple):
 
 def batches(run: Run, loader: torch.utils.data.DataLoader) -> Iterator[Batch]:
     """Yield a loader's batches; Stopped, before the next one, once any process has a signal."""
-    iterator, signals = read_batches(loader), run.signals
+    iterator, signals = None, run.signals
     while True:
         try:
+            if not signals.received:
+                iterator = iterator or read_batches(loader)
             signals.wait_begins()
             inputs, lengths, ids = next(iterator)
         except StopIteration:

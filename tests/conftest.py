@@ -227,7 +227,10 @@ def assert_close_losses(path, reference, tolerance=1e-3):
 
 
 def until_step(step, process, path):
-    """Wait until a run has logged a step; what it may be going on with does not count."""
+    """Wait until a run has logged a step, or an epoch after so many steps.
+
+    What it may be going on with does not count.
+    """
     file = path / "metrics.jsonl"
 
     def is_there():

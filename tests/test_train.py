@@ -556,11 +556,12 @@ def test_unreadable_utterance_ends_the_run_with_one_line(server, place, corpus, 
 
 # Signals ------------------------------------------------------------------------------------------
 
-SIGNALS = {  # name: (signal, workers, how it is sent)
-    "sigterm": (signal.SIGTERM, 2, os.kill),
-    "sigterm-to-all": (signal.SIGTERM, 2, os.killpg),
-    "sigint-to-all": (signal.SIGINT, 2, os.killpg),
-    "sigusr1-no-workers": (signal.SIGUSR1, 0, os.kill),
+SIGNALS = {  # name: (signal, how it is sent, after which step, workers)
+    "sigterm": (signal.SIGTERM, os.kill, 0, 2),
+    "sigterm-to-all": (signal.SIGTERM, os.killpg, 3, 2),
+    "sigterm-to-all-between-epochs": (signal.SIGTERM, os.killpg, 6, 2),
+    "sigint-to-all": (signal.SIGINT, os.killpg, 9, 2),
+    "sigusr1-no-workers": (signal.SIGUSR1, os.kill, 13, 0),
 }
 
 
@@ -569,9 +570,9 @@ def signalled(server, place):
     """A run that gets one signal after the other: its folder, and what was there after each."""
     flags, path = place("signalled")
     flags, found = [*FULL, *flags, "--resume"], {}
-    for count, (name, (number, workers, send)) in enumerate(SIGNALS.items()):
+    for name, (number, send, step, workers) in SIGNALS.items():
         process = server.start("train.py", *flags, "--load_data_workers", workers)
-        until_step(1 + 4 * count, process, path)
+        until_step(step, process, path)
         for _ in range(2):  # as from torchrun, which hands on what all have got
             send(process.pid, number)
         found[name] = process.wait(), last(path)["state"]["step"], len(metrics(path)[0])
