@@ -117,7 +117,7 @@ def make_data(args, work):
         call(work, "corpus", "experiments/make_corpus.py", *flags)
     for split in ("train", "dev", "test"):
         if not is_finished(data / split):
-            flags = ("--librispeech_from_audio", corpus / split, "--cmvn", "global")
+            flags = ("--librispeech_from_audio", corpus / split, "--cmvn", "global", "--norm_vars")
             flags += ("--save_dir", data / split, "--max_seq_len", 1600)
             call(work, "log-Mel", "prepare_data.py", *flags)
     if not is_finished(data / "probe"):

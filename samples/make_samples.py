@@ -6,9 +6,9 @@
 
 The sentences were written for this purpose. Each is spoken once, by one of flite's four voices of
 16 kHz, each of which is a speaker. Features as `prepare_data.py --librispeech_from_audio` makes
-them: the original's fbank (formats/audio.py) without dither, normalised to mean 0 and variance 1
-over the speaker's whole speech. Utterance ids have LibriSpeech's shape, speaker-chapter-number;
-chapter 1 is train, chapter 2 dev. The files have the original's dump format: a line with the
+them: the original's fbank (formats/audio.py) without dither, normalised to mean 0 over
+the speaker's whole speech. Utterance ids have LibriSpeech's shape, speaker-chapter-number; chapter
+1 is train, chapter 2 dev. The files have the original's dump format: a line with the
 utterance id, a line of decimals for each frame, a line with a full stop. Made again on the same
 machine they are the same to the byte; other versions of flite, kaldi-native-fbank or xz may change
 them.
@@ -135,7 +135,7 @@ def main():
     for split, utterances in splits.items():
         path = HERE / f"{split}.blogmel.xz"
         normalised = {
-            utt_id: apply_cmvn(frames, stats[utt_id.split("-")[0]])
+            utt_id: apply_cmvn(frames, stats[utt_id.split("-")[0]], norm_vars=False)
             for utt_id, frames in utterances.items()
         }
         with atomic_write(path) as file:
