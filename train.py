@@ -788,9 +788,6 @@ def open_folder(run: Run) -> None:
     os.makedirs(run.path, exist_ok=True)
     lock_folder(run.path)
     setup_logging(os.path.join(run.path, args.experiment_name))
-    for name in os.listdir(run.path):
-        if name.endswith(".tmp"):  # what a kill has left
-            os.remove(os.path.join(run.path, name))
     rewind_metrics(run.path, state["step"], state["epoch"])
     config = vars(args) | {"data": run.data.prepared, "version": __version__}
     write_json(config, os.path.join(run.path, "config.json"))

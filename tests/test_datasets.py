@@ -381,3 +381,11 @@ def test_without_bucketing_lengths_have_no_part_in_the_order():
     assert list(BatchSampler([9] * 101, 8, True, False, 5)) == batches
     unshuffled = BatchSampler(librispeech_like(11), 4, False, False, 5)
     assert list(unshuffled) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_too_little_shared_memory_is_said_before_workers_start(two_folders, monkeypatch):
+    dataset, _ = two_folders
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="--load_data_workers 0.*--shm-size"):
+        open_loader(dataset, num_workers=2)
+    assert list(read_batches(open_loader(dataset, num_workers=0)))

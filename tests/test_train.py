@@ -883,3 +883,44 @@ def test_cuda(server, place, one, bad_data, precision):
     succeeded(server.run("train.py", *flags, *bad))
     assert len(bad_steps(path)) == 2
     assert is_finite(last(path)["model"])
+
+
+# Two runs, and other data, under one name ---------------------------------------------------------
+
+
+def test_a_second_run_of_one_name_is_refused_while_the_first_lives(server, place):
+    flags, path = place("twice")
+    first = server.start("train.py", *PLAIN, *flags, "--epochs", 1000)
+    until_step(3, first, path)
+    second = server.run("train.py", *PLAIN, *flags, "--epochs", 1000, "--resume")
+    assert str(path) in error_line(second, "train.py") and "another process" in second.stderr
+    first.kill()  # SIGKILL: the lock goes with the process
+    succeeded(server.run("train.py", *PLAIN, *flags, "--max_steps", 1, "--resume"))
+
+
+def test_data_prepared_otherwise_under_the_same_name_are_not_resumed(server, corpus, tmp_path):
+    shutil.copytree(corpus.path, tmp_path / "data")
+    account = tmp_path / "data" / "train-clean-360" / "prepared.json"
+    prepared = {"source": "audio", "path": "a", "cmvn": "speaker", "norm_vars": False}
+    account.write_text(json.dumps(prepared))
+    flags = [*PLAIN, "--librispeech_path", tmp_path / "data", "--store_path", tmp_path]
+    flags += ["--experiment_name", "foo", "--resume"]
+    succeeded(server.run("train.py", *flags, "--max_steps", 2))
+    account.write_text(json.dumps(prepared | {"norm_vars": True}))
+    line = error_line(server.run("train.py", *flags, "--max_steps", 4), "train.py")
+    assert "norm_vars" in line and "last.ckpt" in line
+    account.write_text(json.dumps(prepared | {"path": "moved"}))
+    # What the advice about memory asks for may change.
+    succeeded(server.run("train.py", *flags, "--max_steps", 4, "--accumulate_steps", 2))
+
+
+def test_utterances_that_are_not_finite_are_named(server, corpus, tmp_path):
+    shutil.copytree(corpus.path, tmp_path / "data")
+    for split, name in (("train-clean-360", "utt-004.pt"), ("dev-clean", "utt-001.pt")):
+        frames = torch.load(tmp_path / "data" / split / name)
+        frames[2, 3] = math.nan
+        torch.save(frames, tmp_path / "data" / split / name)
+    flags = [*PLAIN, "--librispeech_path", tmp_path / "data", "--store_path", tmp_path]
+    stderr = succeeded(server.run("train.py", *flags, "--epochs", 1)).stderr
+    assert re.search(r"step \d is skipped: .*utt-004", stderr)
+    assert re.search(r"validation: .*utt-001", stderr)
