@@ -333,7 +333,7 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     def batches():
         try:
             yield from iterator
-        except (UserError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError, EOFError) as error:
             # Without its traceback, which would hold on to the loader and so to its workers.
             raise _loading_error(error.with_traceback(None)) from None
 
@@ -342,7 +342,7 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
 
 def _loading_error(error):
     # A worker's error comes as the text of its traceback, which ends with the message.
-    last_line = str(error).strip().splitlines()[-1]
+    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, UserError):
         return UserError(last_line.removeprefix("utils.UserError: "))
     return UserError(f"a process that loads data cannot go on: {last_line}")
