@@ -160,11 +160,8 @@ class AudioFiles(data.Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        utt_id, path = self.files[index]
-        frames = audio.read_fbank(path, self.fbank)
-        if self.stats is not None:
-            frames = audio.apply_cmvn(frames, self.stats[utt_id], **self.options)
-        return torch.from_numpy(frames), len(frames)
+        frames = torch.cat([*self.read_chunks(index)])
+        return frames, len(frames)
 
     def read_chunks(self, index: int) -> Iterator[Tensor]:
         """Yield an utterance's frames, some of them (t, D) at a time."""
