@@ -38,6 +38,7 @@ from datasets import (
     warn_of_other_data,
 )
 from formats import audio
+from formats.fbank import apply_cmvn, cmvn_group, cmvn_settings, cmvn_stats, fbank_settings
 from formats.kaldi import read_utt2spk
 from load_pretrained import (
     add_residual_flags,
@@ -78,8 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_residual_flags(parser)
     source = parser.add_argument_group("speech, one of").add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", metavar="DIR", help="folder from prepare_data.py")
-    source.add_argument("--audio", metavar="PATH", help=".flac or .wav file, or a folder of them")
-    parser.add_argument("--utt2spk", metavar="FILE", help="Kaldi's, for models with speaker CMVN")
+    source.add_argument("--audio", metavar="PATH", help="file, folder or Kaldi data directory")
+    audio.add_flags(parser)
+    default = "the first folder below PATH is the speaker"
+    parser.add_argument(
+        "--utt2spk", metavar="FILE", help=f"Kaldi's, for models with speaker CMVN ({default})"
+    )
     add = parser.add_argument_group("features").add_argument
     add("--save_dir", required=True, metavar="DIR", help="folder for the features")
     layer = "last, all, mean, a number from 0 (the lowest) or a list like 0,2"
@@ -97,8 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.utt2spk and args.audio is None:
-        parser.error("--utt2spk is for --audio: a prepared folder is normalised already")
+    for name in ("utt2spk", "ids_from_paths", "resample", "channel"):
+        if args.audio is None and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --audio: a prepared folder is as it is")
     if args.format == "ark":
         if args.layer == "all" or "," in args.layer:
             parser.error(f"--format ark holds matrices, but --layer {args.layer} gives several")
@@ -132,32 +138,38 @@ def choose_layers(name: str, num_layers: int) -> Callable[[Tensor], Tensor]:
 
 
 class AudioFiles(data.Dataset):
-    """Audio files as log-Mel utterances, computed as they are asked for, and never cut.
+    """Audio as log-Mel utterances, computed as they are asked for, and never cut.
 
     Args:
-        files: [(utterance id, path)], as audio.find_audio lists them.
-        fbank: audio.fbank_settings.
-        stats: dict utterance id -> the CMVN statistics (audio.cmvn_stats) that normalise it; None
-            for no CMVN.
-        options: of audio.apply_cmvn.
+        recordings: list of audio.Recording.
+        read: a recording -> its log-Mel frames, some (t, D) at a time.
+        stats: dict utterance id -> the CMVN statistics that normalise it; None for no CMVN.
+        options: of apply_cmvn.
         num_frames: dict utterance id -> frames.
+        mel_dim: D.
 
     Items and attributes are those of LibriSpeech, but the tensors are as long as the utterances.
     """
 
     def __init__(
-        self, files: list, fbank: dict, stats: dict | None, options: dict, num_frames: dict
+        self,
+        recordings: list,
+        read: Callable,
+        stats: dict | None,
+        options: dict,
+        num_frames: dict[str, int],
+        mel_dim: int,
     ):
-        self.files = files
-        self.fbank = fbank
+        self.recordings = recordings
+        self.read = read
         self.stats = stats
         self.options = options
-        self.ids = [f"{utt_id}.pt" for utt_id, _ in files]
-        self.lengths = {f"{utt_id}.pt": num_frames[utt_id] for utt_id, _ in files}
-        self.mel_dim = fbank["num_mel_bins"]
+        self.ids = [f"{recording.utt_id}.pt" for recording in recordings]
+        self.lengths = {f"{utt_id}.pt": length for utt_id, length in num_frames.items()}
+        self.mel_dim = mel_dim
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.recordings)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         frames = torch.cat([*self.read_chunks(index)])
@@ -165,10 +177,10 @@ class AudioFiles(data.Dataset):
 
     def read_chunks(self, index: int) -> Iterator[Tensor]:
         """Yield an utterance's frames, some of them (t, D) at a time."""
-        utt_id, path = self.files[index]
-        for frames in audio.read_fbank_blocks(path, self.fbank):
+        recording = self.recordings[index]
+        for frames in self.read(recording):
             if self.stats is not None:
-                frames = audio.apply_cmvn(frames, self.stats[utt_id], **self.options)
+                frames = apply_cmvn(frames, self.stats[recording.utt_id], **self.options)
             yield torch.from_numpy(frames)
 
 
@@ -177,10 +189,10 @@ def open_audio(args: argparse.Namespace, prepared: dict | None) -> AudioFiles:
 
     All files are read once beforehand: for what is wrong with one, for speakers' statistics.
     """
-    fbank, cmvn, options = audio.fbank_settings(), "speaker", {"norm_vars": False}
+    fbank, cmvn, options = fbank_settings(), "speaker", {"norm_vars": False}
     if prepared and prepared.get("source") == "audio":
-        fbank = audio.fbank_settings(prepared["fbank"])
-        cmvn, options = audio.cmvn_settings(prepared)
+        fbank = fbank_settings(prepared["fbank"])
+        cmvn, options = cmvn_settings(prepared)
     else:
         logging.warning(
             "how the features that the model was trained on were made is not known: taking the "
@@ -188,26 +200,42 @@ def open_audio(args: argparse.Namespace, prepared: dict | None) -> AudioFiles:
         )
     if args.utt2spk and cmvn != "speaker":
         raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
-    utt2spk = read_utt2spk(args.utt2spk) if args.utt2spk else None
-    files = audio.find_audio(args.audio)
+    recordings, left_out = audio.find_audio(args.audio, args.ids_from_paths)
+    if left_out:
+        logging.info("left out of %s: %s", args.audio, audio.count_left_out(left_out))
+    utt2spk = open_speakers(args, recordings) if cmvn == "speaker" else {}
+    read = partial(
+        audio.read_fbank_blocks, settings=fbank, resample=args.resample, channel=args.channel
+    )
     num_frames, group_of, stats = {}, {}, {}
-    for utt_id, path, frames, utt_stats in run_jobs(files, partial(measure, fbank), num_cores()):
-        group = audio.cmvn_group(utt_id, path, cmvn, utt2spk)
-        group_of[utt_id] = group
-        stats[group] = stats.get(group, 0) + utt_stats
-        num_frames[utt_id] = frames
-    if cmvn == "none":
-        return AudioFiles(files, fbank, None, options, num_frames)
+    for recording, its_stats in run_jobs(recordings, partial(measure, read), num_cores()):
+        group = cmvn_group(recording.utt_id, recording.path, cmvn, utt2spk)
+        group_of[recording.utt_id] = group
+        stats[group] = stats.get(group, 0) + its_stats
+        num_frames[recording.utt_id] = int(its_stats[0, -1])
     if cmvn == "global":  # the training data's statistics
         stats = dict.fromkeys(stats, np.array(prepared["cmvn_stats"]))
     utt_stats = {utt_id: stats[group] for utt_id, group in group_of.items()}
-    return AudioFiles(files, fbank, utt_stats, options, num_frames)
+    utt_stats = None if cmvn == "none" else utt_stats
+    return AudioFiles(recordings, read, utt_stats, options, num_frames, fbank["num_mel_bins"])
 
 
-def measure(fbank: dict, file: tuple[str, str]) -> tuple[str, str, int, np.ndarray]:
-    """(utterance id, path) -> both, frames, CMVN statistics. Runs in a worker."""
-    stats = sum(map(audio.cmvn_stats, audio.read_fbank_blocks(file[1], fbank)))
-    return *file, int(stats[0, -1]), stats
+def open_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
+    """-> dict utterance id -> speaker, by the rule that prepare_data.py has too; it is logged."""
+    if args.utt2spk:
+        utt2spk = read_utt2spk(args.utt2spk)
+    elif os.path.isfile(args.audio):
+        logging.info("%s: is taken as a speaker of its own, and normalised by itself", args.audio)
+        utt2spk = {recordings[0].utt_id: recordings[0].utt_id}
+    else:
+        utt2spk = audio.speakers_of(recordings)
+    logging.info("normalising by speaker: %d of them", len(set(utt2spk.values())))
+    return utt2spk
+
+
+def measure(read: Callable, recording: audio.Recording) -> tuple[audio.Recording, np.ndarray]:
+    """A recording -> itself, CMVN statistics of all its frames. Runs in a worker."""
+    return recording, sum(map(cmvn_stats, read(recording)))
 
 
 def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from apc_model import APCModel
-from formats.audio import CMVN_KINDS, fbank_settings
+from formats.fbank import CMVN_KINDS, fbank_settings
 from formats.s3prl import from_s3prl, rename_s3prl, to_s3prl
 from utils import (
     HelpFormatter,

@@ -3,7 +3,7 @@
     python prepare_data.py --librispeech_from_audio LibriSpeech/dev-clean --save_dir data/dev-clean
     python prepare_data.py --librispeech_from_kaldi dump/dev-clean.blogmel.xz --save_dir data/dev
     python prepare_data.py --librispeech_from_kaldi data/dev/feats.scp --cmvn speaker \\
-        --utt2spk data/dev/utt2spk --save_dir data/dev
+        --save_dir data/dev
 
 The folder gets <utt_id>.pt, float32 (max_seq_len, mel_dim), prepared.json (how it was made), and
 at last lengths.pkl, a dict {'<utt_id>.pt': frames}: a folder without it is unfinished.
@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,17 @@ from tqdm import tqdm
 
 import datasets
 from formats import audio, kaldi
+from formats.fbank import (
+    CMVN_KINDS,
+    S3PRL_FBANK,
+    apply_cmvn,
+    cmvn_group,
+    cmvn_settings,
+    cmvn_stats,
+    fbank_settings,
+)
 from utils import (
+    BadUtterance,
     HelpFormatter,
     UserError,
     __version__,
@@ -52,23 +62,34 @@ def build_parser() -> argparse.ArgumentParser:
         help="log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input",
     )
     source.add_argument(
-        "--librispeech_from_audio", metavar="DIR", help="folder of .flac and .wav files, any depth"
+        "--librispeech_from_audio",
+        metavar="DIR",
+        help="folder of audio files, any depth, or a Kaldi data directory (wav.scp, segments)",
     )
+    audio.add_flags(parser)
     add = parser.add_argument_group("features").add_argument
     add(
         "--cmvn",
-        choices=audio.CMVN_KINDS,
+        choices=CMVN_KINDS,
         help="over what to normalise the mean to 0 (default: speaker for audio; none for Kaldi's "
         "features, which the original's authors had normalised)",
     )
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
+    default = "the one beside the source; for audio, the first folder below DIR is the speaker"
+    add("--utt2spk", metavar="FILE", help=f"Kaldi's, for --cmvn speaker (default: {default})")
     add("--as_s3prl", action="store_true", help="audio: fbank and CMVN exactly as in s3prl")
-    add("--utt2spk", metavar="FILE", help="Kaldi's; default: an id up to its first '-'")
-    add("--sample_rate", type=positive, default=16000, help="of the audio, Hz")
+    add("--sample_rate", type=positive, default=16000, help="of the features, Hz")
+    add("--num_mel_bins", type=positive, default=80, help="mel_dim, of features from audio")
     add("--dither", type=float, default=0.0, help="noise added to audio; the original had 1")
-    add("--skip_bad", action="store_true", help="list bad audio in skipped.txt and go on")
+    add("--skip_bad", action="store_true", help="list bad utterances in skipped.txt and go on")
     add = parser.add_argument_group("target").add_argument
     add("--max_seq_len", type=positive, default=1600, help="frames of a tensor: cut or padded to")
+    add(
+        "--long_utterances",
+        choices=["cut", "split"],
+        default="cut",
+        help="what is beyond max_seq_len: dropped, or made utterances <id>_00001, ...",
+    )
     default = "./librispeech_data/preprocessed/dev-clean"
     add("--save_dir", default=default, help="folder for the tensors")
     add("--overwrite", action="store_true", help="replace the finished set that save_dir holds")
@@ -82,6 +103,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     from_audio = args.librispeech_from_audio is not None
+    of_audio = ("ids_from_paths", "resample", "channel", "num_mel_bins", "sample_rate", "dither")
+    for name in of_audio:
+        if not from_audio and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --librispeech_from_audio")
     if args.as_s3prl:
         is_its_way = args.cmvn in (None, "utterance") and args.sample_rate == 16000
         if not from_audio or not is_its_way or args.dither:
@@ -92,8 +117,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--norm_vars needs a --cmvn")
     if args.utt2spk and args.cmvn != "speaker":
         parser.error(f"--utt2spk is for --cmvn speaker, not {args.cmvn}")
-    if args.skip_bad and not from_audio:
-        parser.error("--skip_bad is for --librispeech_from_audio")
     if not 0 <= args.dither < 2**15:
         parser.error(f"--dither {args.dither}: expected 0 or more, in steps of 16-bit samples")
     if args.max_seq_len > 10**7:
@@ -107,29 +130,62 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Source(NamedTuple):
-    """Where utterances come from. A job, called, yields (utterance id, frames (T, D), where)."""
+    """Where utterances come from. A job, called, yields (utterance id, blocks of frames, where)."""
 
     name: str  # what it is
     size: int | None  # in files, or in bytes
     jobs: Iterator  # of (how much of the size has been read, job)
-    skipped: list  # messages about files that cannot be used, for --skip_bad
-    fbank: dict | None  # audio.fbank_settings; Kaldi's files do not say
+    utt2spk: dict  # if --cmvn speaker asks for it
+    left_out: list  # "path: why", of audio
+    fbank: dict | None  # fbank_settings; Kaldi's files do not say
+
+
+def open_audio(args: argparse.Namespace) -> Source:
+    changes = {name: getattr(args, name) for name in ("sample_rate", "num_mel_bins", "dither")}
+    settings = fbank_settings(changes | (S3PRL_FBANK if args.as_s3prl else {}))
+    recordings, left_out = audio.find_audio(args.librispeech_from_audio, args.ids_from_paths)
+    utt2spk = {}
+    if args.cmvn == "speaker":
+        utt2spk = (
+            kaldi.read_utt2spk(args.utt2spk) if args.utt2spk else audio.speakers_of(recordings)
+        )
+    jobs = audio.audio_jobs(recordings, settings, resample=args.resample, channel=args.channel)
+    return Source("audio", len(recordings), jobs, utt2spk, left_out, settings)
+
+
+def open_kaldi(args: argparse.Namespace) -> Source:
+    utt2spk, path = {}, args.librispeech_from_kaldi
+    if args.cmvn == "speaker":
+        beside = os.path.join(os.path.dirname(path), "utt2spk")
+        if not args.utt2spk and (path == "-" or not os.path.exists(beside)):
+            raise UserError(
+                f"{path}: whose utterances these are, over whom to normalise, is not known, for "
+                "there is no utt2spk beside it: give --utt2spk FILE, or --cmvn utterance"
+            )
+        utt2spk = kaldi.read_utt2spk(args.utt2spk or beside)
+    name, size, jobs = kaldi.read_kaldi(path)
+    return Source(name, size, jobs, utt2spk, [], None)
 
 
 def open_source(args: argparse.Namespace) -> Source:
     """Open audio or Kaldi's features and look at their start; UserError if it cannot be used."""
-    skipped, settings = [], None
-    if args.librispeech_from_audio is not None:
-        changes = {"sample_rate": args.sample_rate, "dither": args.dither}
-        settings = audio.fbank_settings(changes | (audio.S3PRL_FBANK if args.as_s3prl else {}))
-        files = audio.find_audio(args.librispeech_from_audio, skipped if args.skip_bad else None)
-        name, size, jobs = "audio", len(files), audio.audio_jobs(files, settings, args.skip_bad)
-    else:
-        name, size, jobs = kaldi.read_kaldi(args.librispeech_from_kaldi)
-    first = next(jobs)
-    if args.overwrite:  # what is there should not go for nothing
-        next(iter(first[1]()))
-    return Source(name, size, itertools.chain([first], jobs), skipped, settings)
+    source = (open_kaldi if args.librispeech_from_audio is None else open_audio)(args)
+    first = next(source.jobs)
+    if args.overwrite and not args.skip_bad:  # what is there should not go for nothing
+        next(frame_blocks(next(iter(first[1]()))))
+    return source._replace(jobs=itertools.chain([first], source.jobs))
+
+
+def frame_blocks(utterance: tuple | BadUtterance) -> Iterator[np.ndarray]:
+    """What a job yields -> the utterance's frames, float32 (t, D) at a time.
+
+    Raises:
+        BadUtterance: they cannot be used.
+    """
+    if isinstance(utterance, BadUtterance):
+        raise utterance
+    frames = utterance[1]
+    yield from [frames] if isinstance(frames, np.ndarray) else frames
 
 
 # The target ---------------------------------------------------------------------------------------
@@ -137,7 +193,9 @@ def open_source(args: argparse.Namespace) -> Source:
 
 def is_ours(name: str) -> bool:
     name = name.removesuffix(".tmp")
-    return name.endswith(".pt") or name in ("lengths.pkl", "prepared.json", "skipped.txt")
+    return name.endswith(".pt") or name in (
+        *("lengths.pkl", "prepared.json", "skipped.txt", "left_out.txt"),
+    )
 
 
 def open_save_dir(args: argparse.Namespace) -> None:
@@ -165,11 +223,14 @@ def open_save_dir(args: argparse.Namespace) -> None:
         os.remove(os.path.join(save_dir, name))
 
 
-def finish(save_dir: str, prepared: dict, lengths: dict[str, int], skipped: list[str]) -> None:
-    """Write what makes a folder of tensors a finished set; lengths.pkl last."""
-    if skipped:
-        with atomic_write(os.path.join(save_dir, "skipped.txt")) as file:
-            file.write("".join(f"{line}\n" for line in skipped).encode("utf-8", "replace"))
+def finish(
+    save_dir: str, prepared: dict, lengths: dict[str, int], lists: dict[str, list[str]]
+) -> None:
+    """Write what makes a folder of tensors a finished set: lists of text, and lengths.pkl last."""
+    for name, lines in lists.items():
+        if lines:
+            with atomic_write(os.path.join(save_dir, name)) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
     write_json(prepared, os.path.join(save_dir, "prepared.json"))
     if hasattr(os, "sync"):  # a crash of the machine must not leave lengths.pkl without its tensors
         os.sync()
@@ -184,40 +245,80 @@ class Done(NamedTuple):
     """What the main process learns of an utterance that a worker has written."""
 
     utt_id: str
-    num_frames: int  # before truncation
-    mel_dim: int
     where: str
-    stats: np.ndarray | None  # audio.cmvn_stats over all frames, if a second pass needs them
+    lengths: dict  # of its tensors: utterance id -> frames
+    num_frames: int  # of all
+    mel_dim: int
+    stats: np.ndarray | None  # cmvn_stats over all frames, if a second pass needs them
+
+
+def in_parts(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Blocks of frames, of any length -> parts of `size` frames, and a last one of what is left."""
+    rest = None
+    for block in blocks:
+        rest = block if rest is None else np.concatenate([rest, block])
+        while len(rest) >= size:
+            yield rest[:size]
+            rest = rest[size:]
+    if rest is not None and len(rest):
+        yield rest
+
+
+def write_tensor(frames: np.ndarray, utt_id: str, args: argparse.Namespace) -> None:
+    padded = np.zeros((args.max_seq_len, frames.shape[1]), np.float32)
+    padded[: len(frames)] = frames
+    # No sync for each file: all are on disk before lengths.pkl says that they are there.
+    save(torch.from_numpy(padded), os.path.join(args.save_dir, f"{utt_id}.pt"), sync=False)
+
+
+def write_utterance(utterance: tuple | BadUtterance, args: argparse.Namespace) -> Done:
+    """Write an utterance's padded tensors as it comes in, in memory for one of them."""
+    lengths, num_frames, stats = {}, 0, 0
+    try:
+        for part in in_parts(frame_blocks(utterance), args.max_seq_len):
+            utt_id, _, where = utterance
+            num_frames += len(part)
+            if args.cmvn != "none":
+                stats = stats + cmvn_stats(part)
+            if not lengths or args.long_utterances == "split":
+                name = f"{utt_id}_{len(lengths):05d}" if lengths else utt_id
+                write_tensor(part, name, args)
+                lengths[name] = len(part)
+    except BadUtterance:
+        for name in lengths:
+            os.remove(os.path.join(args.save_dir, f"{name}.pt"))
+        raise
+    return Done(utt_id, where, lengths, num_frames, part.shape[1], stats)
 
 
 def write_utterances(
-    job: tuple, save_dir: str, max_seq_len: int, cmvn: str, options: dict
+    job: tuple, args: argparse.Namespace, options: dict
 ) -> tuple[int, list[Done], list[str]]:
     """The first pass over a source's (position, job), in a worker: write its padded tensors."""
     position, read = job
     done, skipped = [], []
     for utterance in read():
-        if isinstance(utterance, Exception):
-            skipped.append(" ".join(str(utterance).split()))
+        try:
+            one = write_utterance(utterance, args)
+        except BadUtterance as error:
+            if not args.skip_bad:
+                raise
+            skipped.append(" ".join(str(error).split()))
             continue
-        utt_id, frames, where = utterance
-        stats = None if cmvn == "none" else audio.cmvn_stats(frames)
-        if cmvn == "utterance":
-            frames, stats = audio.apply_cmvn(frames, stats, **options), None
-        padded = np.zeros((max_seq_len, frames.shape[1]), np.float32)
-        padded[: len(frames)] = frames[:max_seq_len]
-        # No sync for each file: all are on disk before lengths.pkl says that they are there.
-        save(torch.from_numpy(padded), os.path.join(save_dir, f"{utt_id}.pt"), sync=False)
-        done.append(Done(utt_id, *frames.shape, where, stats))
+        if args.cmvn == "utterance":
+            normalise([(*item, one.stats) for item in one.lengths.items()], args.save_dir, options)
+        if args.cmvn in ("utterance", "none"):
+            one = one._replace(stats=None)
+        done.append(one)
     return position, done, skipped
 
 
 def normalise(job: list[tuple], save_dir: str, options: dict) -> int:
-    """The second pass over [(utterance id, frames, CMVN statistics)], in a worker -> how many."""
+    """Normalise tensors [(utterance id, frames, CMVN statistics)], in a worker -> how many."""
     for utt_id, length, stats in job:
         path = os.path.join(save_dir, f"{utt_id}.pt")
         padded = load(path).numpy()
-        padded[:length] = audio.apply_cmvn(padded[:length], stats, **options)
+        padded[:length] = apply_cmvn(padded[:length], stats, **options)
         os.remove(path)  # ext4 waits for the disk where one file replaces another
         save(torch.from_numpy(padded), path, sync=False)
     return len(job)
@@ -234,41 +335,33 @@ class Set:
     num_frames: int = 0  # before truncation
     mel_dim: int | None = None
 
-    def add(self, utterance: Done, group: str, max_seq_len: int) -> None:
-        utt_id, num_frames, mel_dim, where, stats = utterance
-        if utt_id in self.lengths:
-            raise UserError(f"{where}: utterance {utt_id}: this id occurs twice")
-        self.mel_dim = self.mel_dim or mel_dim
-        if mel_dim != self.mel_dim:
+    def add(self, utterance: Done, group: str) -> None:
+        where = f"{utterance.where}: utterance {utterance.utt_id}"
+        for utt_id, length in utterance.lengths.items():
+            if utt_id in self.lengths:
+                raise UserError(f"{where}: the id {utt_id} occurs twice")
+            self.lengths[utt_id], self.group_of[utt_id] = length, group
+        self.mel_dim = self.mel_dim or utterance.mel_dim
+        if utterance.mel_dim != self.mel_dim:
             raise UserError(
-                f"{where}: utterance {utt_id}: expected frames of {self.mel_dim} numbers, as in "
-                f"the utterances before, found {mel_dim}"
+                f"{where}: expected frames of {self.mel_dim} numbers, as in the utterances before, "
+                f"found {utterance.mel_dim}"
             )
-        self.lengths[utt_id] = min(num_frames, max_seq_len)
-        self.num_frames += num_frames
-        self.group_of[utt_id] = group
-        if stats is not None:
-            self.stats[group] = self.stats.get(group, 0) + stats
+        self.num_frames += utterance.num_frames
+        if utterance.stats is not None:
+            self.stats[group] = self.stats.get(group, 0) + utterance.stats
 
 
-def first_pass(
-    source: Source, args: argparse.Namespace, options: dict, utt2spk: dict | None
-) -> Set:
+def first_pass(source: Source, args: argparse.Namespace, options: dict) -> Set:
     """Write the tensors as they are (with CMVN by utterance, as they will be)."""
-    utterances = Set({}, {}, {}, source.skipped)
-    write = partial(
-        write_utterances,
-        save_dir=args.save_dir,
-        max_seq_len=args.max_seq_len,
-        cmvn=args.cmvn,
-        options=options,
-    )
+    utterances = Set({}, {}, {}, [])
+    write = partial(write_utterances, args=args, options=options)
     unit = {"unit": "file"} if source.fbank else {"unit": "B", "unit_scale": True}
     with tqdm(total=source.size, desc="features", dynamic_ncols=True, **unit) as bar:
         for position, done, skipped in run_jobs(source.jobs, write, args.num_workers):
             for one in done:
-                group = audio.cmvn_group(one.utt_id, one.where, args.cmvn, utt2spk)
-                utterances.add(one, group, args.max_seq_len)
+                group = cmvn_group(one.utt_id, one.where, args.cmvn, source.utt2spk)
+                utterances.add(one, group)
             utterances.skipped += skipped
             bar.set_postfix(utterances=len(utterances.lengths), refresh=False)
             bar.update(position - bar.n)
@@ -288,7 +381,6 @@ def second_pass(utterances: Set, args: argparse.Namespace, options: dict) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    utt2spk = kaldi.read_utt2spk(args.utt2spk) if args.utt2spk else None
     source = open_source(args)
     open_save_dir(args)
     prepared = {
@@ -300,18 +392,21 @@ def main(argv: list[str] | None = None) -> None:
         "utt2spk": args.utt2spk,
         "mel_dim": None,
         "max_seq_len": args.max_seq_len,
+        "long_utterances": args.long_utterances,
         "version": __version__,
     }
     if args.as_s3prl:
         prepared["unbiased_vars"] = True
-    _, options = audio.cmvn_settings(prepared)
+    _, options = cmvn_settings(prepared)
     write_json(prepared, os.path.join(args.save_dir, "prepared.json"))
+    speakers = sorted(set(source.utt2spk.values()))
     print(
         f"preparing {prepared['path']} ({source.name}), CMVN: {args.cmvn}"
-        f"{' (mean and variance)' if args.norm_vars else ''}, tensors of {args.max_seq_len} "
+        f"{f' ({len(speakers)} of them: {speakers[0]}, ...)' if speakers else ''}"
+        f"{', mean and variance' if args.norm_vars else ''}, tensors of {args.max_seq_len} "
         f"frames, {args.num_workers} processes -> {args.save_dir}"
     )
-    utterances = first_pass(source, args, options, utt2spk)
+    utterances = first_pass(source, args, options)
     if not utterances.lengths:
         raise UserError(f"{prepared['path']}: no utterance is left: {utterances.skipped[0]}")
     if args.cmvn in ("speaker", "global"):
@@ -320,13 +415,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.cmvn == "global":  # a model trained on it needs them for new speech
         prepared["cmvn_stats"] = utterances.stats["all"].tolist()
     lengths = {f"{utt_id}.pt": length for utt_id, length in utterances.lengths.items()}
-    finish(args.save_dir, prepared, lengths, utterances.skipped)
-    total = utterances.num_frames
+    lists = {"skipped.txt": utterances.skipped, "left_out.txt": source.left_out}
+    finish(args.save_dir, prepared, lengths, lists)
+    total, speakers = utterances.num_frames, set(utterances.group_of.values())
     print(
-        f"{args.save_dir}: {len(lengths)} utterances, {total} frames ({total / 360000:.2f} h at "
-        f"10 ms), mel_dim {utterances.mel_dim}; {total - sum(lengths.values())} frames beyond "
-        f"max_seq_len were cut, {len(utterances.skipped)} files were skipped"
+        f"{args.save_dir}: {len(lengths)} utterances, "
+        f"{f'{len(speakers)} speakers, ' if args.cmvn == 'speaker' else ''}"
+        f"{total} frames ({total / 360000:.2f} h at 10 ms), mel_dim {utterances.mel_dim}; "
+        f"{total - sum(lengths.values())} frames beyond max_seq_len were cut, "
+        f"{len(utterances.skipped)} {'files' if source.fbank else 'utterances'} were skipped"
+        f"{' (skipped.txt)' if utterances.skipped else ''}"
     )
+    if source.left_out:
+        print(
+            f"left out of {prepared['path']}: {audio.count_left_out(source.left_out)} "
+            "(left_out.txt)"
+        )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ class UserError(ValueError):
     """A user error, reported in one line."""
 
 
+class BadUtterance(UserError):
+    """An utterance that cannot be used, while others of its source can: --skip_bad goes on."""
+
+
 def exit_status(main: Callable[[], None]) -> int:
     """Run a script's main() -> its exit status; a user error is one line on stderr and status 1."""
     if hasattr(sys.stdout, "reconfigure"):

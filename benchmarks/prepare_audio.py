@@ -20,7 +20,7 @@ import soundfile
 
 import common
 import prepare_data
-from formats import audio
+from formats import fbank
 
 SECONDS, RATE = 12, 16000
 
@@ -48,7 +48,7 @@ def speech_like(random):
 
 def fbank_alone(samples):
     """kaldi-native-fbank, fed and read in the fastest way that its binding has -> frames."""
-    options = audio._options(tuple(audio.fbank_settings().items()))
+    options = fbank._options(tuple(fbank.fbank_settings().items()))
     extractor = kaldi_native_fbank.OnlineFbank(options)
     extractor.accept_waveform(RATE, memoryview(samples))
     extractor.input_finished()
@@ -69,14 +69,15 @@ def main():
     SAMPLES = [signal.astype(np.float32) for signal in signals]
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         source = os.path.join(folder, "audio")
-        os.makedirs(source)
+        for speaker in range(10):
+            os.makedirs(os.path.join(source, f"{speaker}"))
         files = [os.path.join(folder, f"{i}.{args.format}") for i in range(len(signals))]
         for file, signal in zip(files, signals):
             soundfile.write(file, signal, RATE, subtype="PCM_16")
         for number in range(args.utterances):
-            path = os.path.join(source, f"{number % 10}-{number:05d}.{args.format}")
+            path = os.path.join(source, f"{number % 10}", f"{number:05d}.{args.format}")
             os.link(files[number % len(files)], path)
-        size = sum(entry.stat().st_size for entry in os.scandir(source))
+        size = args.utterances * sum(map(os.path.getsize, files)) / len(files)
 
         cores = common.num_cores()
         chunks = np.array_split(np.arange(args.utterances), 8 * cores)

@@ -1,409 +1,455 @@
-"""Audio files to log-Mel frames, as the original's authors made theirs with Kaldi, and CMVN.
+"""Audio files to samples: finding them, whose they are, whether they are whole, decoding.
 
-    settings = fbank_settings()                                       # the original's
-    samples = read_audio("84-121123-0000.flac", settings["sample_rate"])   # 16-bit range
-    frames = fbank(samples, settings, name="84-121123-0000")          # (T, D), 100 frames a second
-    normalised = apply_cmvn(frames, cmvn_stats(frames), norm_vars=False)   # mean 0
+    for recording in find_audio("LibriSpeech/dev-clean"):
+        for samples in read_blocks(recording, 16000):  # float32, 16-bit range, mono
+            ...
 
-T frames, D mel_dim. kaldi-native-fbank and soundfile are imported by the functions that need them:
-loading a model needs neither.
+What a file is follows from its content, not from its name. libsndfile decodes it, but believes a
+file that was cut: that is looked for here. soundfile and soxr are imported where they are needed.
 """
 
+import argparse
 import functools
-import itertools
 import os
+import re
 import shlex
 import struct
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from utils import UserError, check_utt_id
+from formats import kaldi
+from formats.fbank import FULL_SCALE, fbank_blocks
+from utils import BadUtterance, UserError, check_utt_id, not_negative
 
-AUDIO_ENDINGS = (".flac", ".wav")
-CMVN_KINDS = ("speaker", "utterance", "global", "none")  # what features are normalised over
+DECODED = ".wav .flac .sph .nist .aiff .aif .aifc .au .snd .w64 .rf64 .caf .mp3 .ogg .oga .opus"
+UNKNOWN = ".shn .m4a .mp4 .aac .wma .webm .amr .ape .mka"  # audio too: refused, not left out
+AUDIO_ENDINGS = frozenset(f"{DECODED} {UNKNOWN}".split())
+# libsndfile's names of the formats whose length can be checked.
+FORMATS = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "MP3", "OGG"]
 BLOCK_SIZE = 1 << 20  # samples at a time
-FULL_SCALE = 32768.0  # soundfile scales samples to [-1, 1); Kaldi takes 16-bit integers as they are
-
-# As s3prl computes them, with torchaudio, from samples in [-1, 1].
-S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "full_scale": 1.0}
-
-# The original's command is `compute-fbank-feats --window-type=hamming --use-energy=false --dither=1
-# --num-mel-bins=80 --htk-compat=true`, with Kaldi's own defaults for the rest. Dither is 0 here: it
-# adds random noise, and runs would not repeat. `full_scale`, the only option that is not
-# kaldi-native-fbank's, is what the largest sample becomes; torchaudio, and with it s3prl, has 1.
-ORIGINAL = {
-    "full_scale": FULL_SCALE,
-    "dither": 0.0,  # standard deviation of the added noise, in steps of 16-bit samples
-    "preemph_coeff": 0.97,
-    "window_type": "hamming",
-    "blackman_coeff": 0.42,
-    "num_mel_bins": 80,
-    "use_energy": False,
-    "htk_compat": True,
-}
-KALDI_NAMES = {"sample_rate": "samp_freq", "num_mel_bins": "num_bins"}  # where ours are others
+LOUDEST = 8  # times full scale, of floating-point samples; decoders overshoot, but not so far
 
 
-def fbank_settings(changes: dict | None = None) -> dict:
-    """Every option of the log-Mel features, by name: the original's but for `changes`.
+class Recording(NamedTuple):
+    """Where an utterance's samples are."""
 
-    The names are kaldi-native-fbank's, without their groups, and sample_rate (Hz) and num_mel_bins
-    as Kaldi's flags are called. The values are plain: they go into JSON and come back.
-
-    Raises:
-        ValueError: no such option, a value of another type, or one that means nothing.
-    """
-    import kaldi_native_fbank
-
-    defaults = kaldi_native_fbank.FbankOptions().as_dict()
-    settings = {"full_scale": FULL_SCALE}
-    for group in (defaults.pop("frame_opts"), defaults.pop("mel_opts"), defaults):
-        settings |= group
-    for name, kaldi_name in KALDI_NAMES.items():
-        settings[name] = settings.pop(kaldi_name)
-    for name, value in (ORIGINAL | (changes or {})).items():
-        if name not in settings:
-            raise ValueError(f"{name}: no such fbank option")
-        expected = type(settings[name])
-        is_number = expected is float and type(value) is int
-        is_type = type(value) is expected or is_number
-        if not is_type or expected in (int, float) and not abs(value) < 2**31:  # nor is NaN
-            raise ValueError(f"{name} {value!r}"[:80])
-        settings[name] = expected(value)
-    if min(settings["frame_length_ms"], settings["frame_shift_ms"]) * settings["sample_rate"] < 1e3:
-        raise ValueError("frames or their shift of less than a sample")
-    return settings
+    utt_id: str
+    path: str
+    speaker: str | None = None  # None if that is not known
+    channel: int | None = None  # of several, from 0
+    start: float = 0.0  # seconds
+    end: float | None = None
 
 
-@functools.cache
-def _options(settings):
-    """The items of fbank_settings() -> kaldi-native-fbank's options."""
-    import kaldi_native_fbank
-
-    settings = {KALDI_NAMES.get(name, name): value for name, value in settings}
-    options = kaldi_native_fbank.FbankOptions().as_dict()
-    for group in (options["frame_opts"], options["mel_opts"], options):
-        group |= {name: settings[name] for name in group.keys() & settings.keys()}
-    return kaldi_native_fbank.FbankOptions.from_dict(options)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags on audio that prepare_data.py and extract_features.py share."""
+    add = parser.add_argument_group("audio").add_argument
+    add("--ids_from_paths", action="store_true", help="ids are paths below DIR, joined with '-'")
+    add("--resample", action="store_true", help="convert other sampling rates, by soxr")
+    add("--channel", type=not_negative, metavar="K", help="of several, from 0")
 
 
-def find_audio(root: str | os.PathLike, skipped: list[str] | None = None) -> list[tuple[str, str]]:
-    """List every .flac and .wav file (endings in any case) below a folder, or one file by itself.
+# Finding files and speakers -----------------------------------------------------------------------
 
-    Hidden files and folders are left out, and links to folders are not followed.
+
+def find_audio(
+    root: str | os.PathLike, ids_from_paths: bool = False
+) -> tuple[list[Recording], list[str]]:
+    """List a folder's audio files, a Kaldi data directory's utterances, or one file.
+
+    Links to folders are followed. A speaker is the first folder below the root, or what utt2spk
+    says in a data directory (a folder with wav.scp).
 
     Args:
         root: the folder or file.
-        skipped: takes messages about files whose names cannot be used, instead of an error.
+        ids_from_paths: an id is the path below root, joined with "-", and not the file's name;
+            both without ending.
 
     Returns:
-        (utterance id, path) sorted by id; the id is the file's name without its ending.
+        The recordings, sorted by id, and "path: why" of everything that was left out.
 
     Raises:
-        UserError: nothing at root, no audio there, or one id twice, an id that is no file name.
+        UserError: nothing at root, no audio there, one id twice, an id that is no file name.
         OSError: a folder that cannot be read.
     """
     root = os.fspath(root)
-    if os.path.isfile(root):
-        paths = [root]
-    elif os.path.isdir(root):
-        paths = list(_walk(root))
-    else:
+    if os.path.isfile(os.path.join(root, "wav.scp")):
+        if ids_from_paths:
+            raise UserError(f"{root}: --ids_from_paths: a Kaldi data directory has ids of its own")
+        return [Recording(*row) for row in kaldi.read_data_dir(root)], []
+    if not os.path.exists(root):
         raise UserError(f"{root}: no such file or folder")
+    left_out = []
+    paths = _walk(root, left_out) if os.path.isdir(root) else [root]
     found = {}
-    for path in sorted(paths):
-        utt_id, ending = os.path.splitext(os.path.basename(path))
+    for path in paths:
+        below = os.path.relpath(path, root).split(os.sep)
+        name = "-".join(below) if ids_from_paths and path != root else os.path.basename(path)
+        utt_id, ending = os.path.splitext(name)
         if ending.lower() not in AUDIO_ENDINGS:
+            left_out.append(f"{path}: {ending or 'no ending'}")
             continue
-        try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise UserError(f"{path}: not a regular file")
-            check_utt_id(utt_id, path)
-            if utt_id in found:
-                raise UserError(
-                    f"{found[utt_id]} and {path}: two files with the utterance id {utt_id}"
-                )
-        except UserError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-            continue
-        found[utt_id] = path
+        check_utt_id(utt_id, path)
+        if utt_id in found:
+            way_out = "rename one" if ids_from_paths else "--ids_from_paths tells them apart"
+            raise UserError(
+                f"{found[utt_id].path} and {path}: two files with the utterance id {utt_id}: "
+                f"{way_out}"
+            )
+        found[utt_id] = Recording(utt_id, path, below[0] if len(below) > 1 else None)
     if not found:
-        endings = " or ".join(AUDIO_ENDINGS)
-        if os.path.isfile(root):
-            raise UserError(f"{root}: not a {endings} file")
-        raise UserError(f"{root}: no {endings} file in it (links to folders are not followed)")
-    return sorted(found.items())
+        raise UserError(
+            f"{root}: no audio file: expected names that end in one of {DECODED}"
+            f"{f' (left out: {count_left_out(left_out)})' if left_out else ''}"
+        )
+    return sorted(found.values()), left_out
 
 
-def _walk(root):
-    def fail(error):  # os.walk would silently skip a folder that it cannot read
-        raise error
+def _walk(folder, left_out, above=()):
+    """Yield the paths of a folder's files; note what is hidden, and links that lead back."""
+    above = (*above, os.path.realpath(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            left_out.append(f"{entry.path}: hidden")
+        elif not entry.is_dir():
+            yield entry.path
+        elif entry.is_symlink() and os.path.realpath(entry.path) in above:
+            left_out.append(f"{entry.path}: a link to a folder around it")
+        else:
+            yield from _walk(entry.path, left_out, above)
 
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+
+def count_left_out(left_out: list[str]) -> str:
+    """find_audio's second list -> "12 .txt, 1 hidden"."""
+    reasons = [line.rpartition(": ")[2] for line in left_out]
+    return ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted({*reasons}))
 
 
-def read_blocks(path: str | os.PathLike, sample_rate: float) -> Iterator[np.ndarray]:
-    """Read a mono file's samples in blocks of a minute or so, float32 (samples,) in 16-bit range:
-    16-bit files give exactly their integers, floating-point ones 32768 times what they hold.
+def speakers_of(recordings: list[Recording]) -> dict[str, str]:
+    """-> dict utterance id -> speaker; UserError if one is not known."""
+    for recording in recordings:
+        if recording.speaker is None:
+            raise UserError(
+                f"{recording.path}: utterance {recording.utt_id}: its speaker, over whom to "
+                "normalise, is not known: give --utt2spk FILE, put it into a folder of its "
+                "speaker, or normalise by --cmvn utterance"
+            )
+    return {recording.utt_id: recording.speaker for recording in recordings}
+
+
+# Whether a file is whole --------------------------------------------------------------------------
+
+# Of files made of chunks, by their first bytes: where the first chunk starts; bytes of a chunk's
+# name, its size and the struct format of that, whether it counts name and size, what it is padded
+# to; the name of the chunk that holds the samples.
+CHUNKS = {
+    b"RIFF": (12, 4, 4, "<I", False, 2, b"data"),
+    b"RIFX": (12, 4, 4, ">I", False, 2, b"data"),
+    b"RF64": (12, 4, 4, "<I", False, 2, b"data"),
+    b"FORM": (12, 4, 4, ">I", False, 2, b"SSND"),  # AIFF
+    b"riff": (40, 16, 8, "<Q", True, 8, b"data"),  # Wave64
+    b"caff": (8, 4, 8, ">Q", False, 1, b"data"),
+}
+KILOBITS = {  # of MPEG layer III by version: 1, 2 (and 2.5)
+    True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def check_is_whole(file: BinaryIO, path: str) -> float:
+    """Refuse a file that holds less than its header says, which libsndfile reads without a word.
+
+    FLAC is not looked at: its decoder notices.
+
+    Args:
+        file: at its start.
+        path: for messages.
+
+    Returns:
+        The seconds that decoding has to give at least, where libsndfile may give less (MP3, Ogg).
 
     Raises:
-        UserError: the file's name and what is wrong: another sampling rate than sample_rate (Hz),
-            several channels, not decodable, truncated, NaN or infinity.
-        OSError: a file that cannot be opened.
+        BadUtterance: it is truncated, or of a kind that libsndfile cannot decode.
+    """
+    magic = file.read(12)
+    stated, least, unit = None, 0, "bytes of samples"
+    file_size = held = os.fstat(file.fileno()).st_size
+    if magic[:4] in CHUNKS:
+        stated, held = _chunk_size(file, magic[:4], file_size, path)
+    elif magic[:4] in (b".snd", b"dns."):  # AU: where the samples start, how many bytes
+        start, stated = struct.unpack(
+            (">" if magic[:4] == b".snd" else "<") + "II", magic[4:].ljust(8, b"\0")
+        )
+        held = file_size - start
+    elif magic.startswith(b"NIST_1A"):
+        stated, held = _sphere_size(file, file_size, path)
+        unit = "samples"
+    elif magic.startswith(b"OggS"):
+        least = _ogg_seconds(file, file_size, path)
+    elif magic[:4] == b"ajkg":
+        raise _undecodable(path, "Shorten", "sph2pipe -f wav")
+    elif magic[4:8] == b"ftyp":
+        raise _undecodable(path, "MPEG-4 audio", "ffmpeg -i")
+    elif magic.startswith(b"ID3") or magic[:1] == b"\xff" and magic[1:2] >= b"\xe0":
+        stated, held, least = _mpeg_frames(file, magic, file_size, path)
+        unit = "MPEG frames"
+    if stated is None:
+        return least
+    name = shlex.quote(path)
+    if stated == 0 and held > 0:
+        raise BadUtterance(
+            f"{path}: its header says 0 {unit}, and {held} follow, as where it was written to a "
+            f"pipe: write it anew with: sox --ignore-length {name} OUT.wav"
+        )
+    if held < stated:
+        to_pipe = f" (if it was written to a pipe: sox --ignore-length {name} OUT.wav)"
+        raise BadUtterance(
+            f"{path}: truncated: {held} of the {stated} {unit} in its header"
+            f"{to_pipe if stated > 2**31 - 2**16 else ''}"
+        )
+    return least
+
+
+def _undecodable(path, kind, command):
+    name = shlex.quote(path)
+    return BadUtterance(f"{path}: {kind}, which is not read here: {command} {name} OUT.wav")
+
+
+def _chunk_size(file, magic, file_size, path):
+    """-> bytes of samples by the header, bytes that are there."""
+    start, name_size, size_size, size_format, counts_itself, align, wanted = CHUNKS[magic]
+    size_64 = None
+    while True:
+        file.seek(start)
+        header = file.read(name_size + size_size)
+        if len(header) < name_size + size_size:
+            raise BadUtterance(f"{path}: truncated: ends within its header")
+        name, size = header[:4], struct.unpack(size_format, header[name_size:])[0]
+        if counts_itself:
+            size -= len(header)
+        start += len(header)
+        if name == wanted:
+            if magic == b"RF64" and size_64 is not None:
+                size = size_64
+            return size, file_size - start
+        if name == b"ds64":  # RF64, for files over 4 GiB: sizes of the file, of the samples
+            size_64 = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))[1]
+        start += max(size, 0) + -size % align
+
+
+def _sphere_size(file, file_size, path):
+    """-> samples by the header, samples that are there."""
+    file.seek(0)
+    head = file.read(1 << 14)
+    found = re.match(rb"NIST_1A\s+(\d{1,9})\s", head)
+    fields = dict(re.findall(rb"\n(\w+) -\w+ (\S+)", head[: int(found[1])])) if found else {}
+    if b"shorten" in fields.get(b"sample_coding", b""):
+        raise _undecodable(path, "Shorten", "sph2pipe -f wav")
+    try:
+        sample_size = int(fields[b"sample_n_bytes"]) * int(fields.get(b"channel_count", 1))
+        return int(fields[b"sample_count"]), (file_size - int(found[1])) // sample_size
+    except (KeyError, ValueError, ZeroDivisionError):
+        raise BadUtterance(
+            f"{path}: a SPHERE file whose header lacks sample_count or sample_n_bytes: truncated?"
+        ) from None
+
+
+def _ogg_seconds(file, file_size, path):
+    """-> the least that decoding has to give, by the last page, which has to be there."""
+    file.seek(28)
+    head = file.read(16)
+    file.seek(max(0, file_size - (1 << 16)))  # a page is smaller
+    page = file.read().rpartition(b"OggS")[2]  # from here: version, flags, position, ...
+    num_packets = page[22] if len(page) > 22 else 255
+    if len(page) < 23 + num_packets + sum(page[23 : 23 + num_packets]) or not page[1] & 4:
+        raise BadUtterance(f"{path}: truncated: the stream's last page is missing")
+    position = struct.unpack("<q", page[2:10])[0]
+    rates = {b"OpusHead": 48000, b"\1vorbis": struct.unpack("<I", head[12:])[0]}
+    rate = next((rate for name, rate in rates.items() if head.startswith(name)), 0)
+    return position / rate - 0.1 if rate else 0.0  # 0.1: what decoders leave out at the start
+
+
+def _mpeg_frames(file, magic, file_size, path):
+    """MP3 -> frames by its header, frames that are there, seconds that decoding gives at least.
+
+    Without a header (Xing, Info) the length is not known: libsndfile takes all frames to be as
+    long as the first one, and stops there. So they are counted.
+    """
+    start, found, stated, seconds = 0, 0, None, 0.0
+    while magic[:3] == b"ID3":  # 10 bytes and a size of four times 7 bits
+        file.seek(start + 6)
+        start += 10 + functools.reduce(lambda size, byte: size << 7 | byte & 127, file.read(4), 0)
+        file.seek(start)
+        magic = file.read(3)
+    while True:
+        file.seek(start)
+        head = file.read(4)
+        if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:  # layer III
+            break
+        version, kilobits, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
+        if version == 1 or kilobits in (0, 15) or rate == 3:
+            break
+        rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+        samples = 1152 if version == 3 else 576
+        size = samples * 125 * KILOBITS[version == 3][kilobits - 1] // rate + (head[2] >> 1 & 1)
+        if start + size > file_size:
+            raise BadUtterance(
+                f"{path}: truncated: {file_size - start} of the {size} bytes of its last frame"
+            )
+        if found == 0:
+            tag = re.search(rb"(?:Xing|Info)\0\0\0(.)(.{4})", file.read(200), re.DOTALL)
+            if tag and tag[1][0] & 1:
+                stated, found = struct.unpack(">I", tag[2])[0], -1  # the frame of the tag
+        start, found, seconds = start + size, found + 1, samples / rate
+    return stated, found, (found - 4) * seconds  # what encoders add at both ends is cut again
+
+
+# Decoding -----------------------------------------------------------------------------------------
+
+
+def read_blocks(
+    recording: Recording, sample_rate: float, resample: bool = False, channel: int | None = None
+) -> Iterator[np.ndarray]:
+    """Read a recording's samples in blocks of a minute or so, float32 (samples,) in 16-bit range:
+    16-bit files give exactly their integers, floating-point ones 32768 times what they hold.
+
+    Args:
+        recording: of a whole file, or from a time in it to another.
+        sample_rate: expected, Hz.
+        resample: convert other rates (soxr, high quality).
+        channel: which of several channels to read, from 0; None: the recording's, if it says.
+
+    Raises:
+        BadUtterance: the file's name and what is wrong: another sampling rate, several channels,
+            not decodable, truncated, NaN or infinity, not in the range that it should be.
     """
     import soundfile
 
-    path = os.fspath(path)
-    name = shlex.quote(path)
-    _check_wav_is_whole(path)
+    path = recording.path
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadUtterance(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            least = check_is_whole(file, path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be UTF-8
+            if channel is None:
+                channel = 0 if file.channels == 1 else recording.channel
+            found, ways_out = [], []
+            if file.samplerate != sample_rate and not resample:
+                found.append(f"sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz")
+                ways_out.append("--resample")
+            if channel is None:
+                found.append(f"{file.channels} channels, expected 1")
+                ways_out.append("--channel K, from 0")
+            if found:
+                ways_out = " and ".join(ways_out)
+                raise BadUtterance(f"{path}: {'; '.join(found)}: convert with {ways_out}")
+            blocks = _decode(file, recording, channel, least)
             if file.samplerate != sample_rate:
-                raise UserError(
-                    f"{path}: sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz; "
-                    f"resample with: sox {name} -r {sample_rate:g} OUT.wav"
-                )
-            if file.channels != 1:
-                raise UserError(
-                    f"{path}: {file.channels} channels, expected 1; "
-                    f"take the first with: sox {name} OUT.wav remix 1"
-                )
-            # A FLAC written to a pipe does not know its length: then no cut could be noticed.
-            if file.frames >= 2**36 - 1:
-                raise UserError(
-                    f"{path}: its header does not say how long it is; "
-                    f"write it anew with: sox {name} OUT.flac"
-                )
-            expected, count = file.frames, 0
-            while count < expected:
-                samples = file.read(min(BLOCK_SIZE, expected - count), dtype="float32")
-                if not len(samples):
-                    raise UserError(f"{path}: truncated: {count} of {expected} samples")
-                count += len(samples)
-                with np.errstate(over="ignore"):
-                    samples *= FULL_SCALE
-                if not np.isfinite(samples).all():
-                    raise UserError(f"{path}: holds samples that are NaN or infinite")
-                yield samples
+                blocks = _resample(blocks, file.samplerate, sample_rate)
+            yield from blocks
     except soundfile.SoundFileError as error:
         # libsndfile's text may name the file again and may run over several lines
         reason = " ".join(getattr(error, "error_string", str(error)).split())
-        raise UserError(f"{path}: cannot be decoded, damaged or truncated: {reason}") from None
+        raise BadUtterance(
+            f"{path}: cannot be decoded, damaged, truncated or of a format that libsndfile does "
+            f"not know, which ffmpeg may convert: {reason}"
+        ) from None
+    except OSError as error:
+        raise BadUtterance(f"{path}: {error.strerror or error}") from None
 
 
-def read_audio(path: str | os.PathLike, sample_rate: float) -> np.ndarray:
-    """All of a file's samples, float32 (samples,): read_blocks(), joined."""
-    return _join(read_blocks(path, sample_rate))
+def _decode(file, recording, channel, least):
+    """An open SoundFile -> blocks of one channel's samples, in 16-bit range."""
+    path = recording.path
+    if file.format not in FORMATS:
+        raise _undecodable(path, f"{file.format}, whose length cannot be checked", "sox")
+    # A FLAC written to a pipe does not know its length: then no cut could be noticed.
+    if file.frames >= 2**36 - 1:
+        raise BadUtterance(
+            f"{path}: its header does not say how long it is; "
+            f"write it anew with: sox {shlex.quote(path)} OUT.flac"
+        )
+    if channel >= file.channels:
+        raise BadUtterance(f"{path}: has no channel {channel}, only {file.channels} (from 0)")
+    is_mp3, is_float = file.format == "MP3", file.subtype in ("FLOAT", "DOUBLE")
+    start, end = int(recording.start * file.samplerate), file.frames
+    # MP3's length is an estimate, which may be above what there is.
+    expected = max(int(least * file.samplerate), 0 if is_mp3 else end)
+    if recording.end is not None:  # as Kaldi's extract-segments, which allows for rounding too
+        expected = end = int(recording.end * file.samplerate)
+        if start >= file.frames or end > file.frames + file.samplerate // 2:
+            raise BadUtterance(
+                f"{path}: utterance {recording.utt_id}: from {recording.start:g} to "
+                f"{recording.end:g} s, but the file has {file.frames / file.samplerate:g} s"
+            )
+        expected = end = min(end, file.frames)
+    if is_mp3:  # seeking is not exact there, which soundfile does after every read too
+        file.seekable = lambda: False
+        while file.tell() < start and len(file.read(min(BLOCK_SIZE, start - file.tell()))):
+            pass
+    else:
+        file.seek(start)
+    done = start
+    is_over = False
+    while done < end and not is_over:
+        wanted = min(BLOCK_SIZE, end - done)
+        samples = file.read(wanted, dtype="float32", always_2d=True)[:, channel]
+        # Once it gave less than it has, there may be more, but with a gap before.
+        is_over = len(samples) < wanted
+        done += len(samples)
+        with np.errstate(over="ignore"):
+            samples = samples * np.float32(FULL_SCALE)
+        if not np.isfinite(samples).all():
+            raise BadUtterance(f"{path}: holds samples that are NaN or infinite")
+        if is_float and (loudest := np.abs(samples).max(initial=0) / FULL_SCALE) > LOUDEST:
+            raise BadUtterance(
+                f"{path}: holds floating-point samples up to {loudest:g}, expected -1 to 1: write "
+                "it anew as 16-bit integers, or divided by 32768"
+            )
+        yield samples
+    if done < expected:
+        mend = f"; it may be whole after: ffmpeg -i {shlex.quote(path)} OUT.flac" if is_mp3 else ""
+        raise BadUtterance(f"{path}: truncated or damaged: {done} of {expected} samples{mend}")
 
 
-def _join(blocks):
-    blocks = list(blocks)
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks or [np.zeros(0, np.float32)])
-
-
-def _check_wav_is_whole(path):
-    """Refuse a WAV that holds fewer bytes of samples than its header says. libsndfile reads such a
-    file without a word, and states as its length what is left of it."""
-    with open(path, "rb") as file:
-        form = file.read(12)[:4]
-        if form not in (b"RIFF", b"RIFX", b"RF64"):
-            return  # not a WAV, whatever its name: libsndfile will say
-        file_size = os.fstat(file.fileno()).st_size
-        data_size_64 = None
-        while len(header := file.read(8)) == 8:
-            size = struct.unpack(">I" if form == b"RIFX" else "<I", header[4:])[0]
-            if header[:4] == b"data":
-                if form == b"RF64" and data_size_64 is not None:
-                    size = data_size_64
-                held = file_size - file.tell()
-                if held < size:
-                    raise UserError(
-                        f"{path}: truncated: {held} of the {size} bytes of samples in its header "
-                        f"(if it is whole, and was written to a pipe: "
-                        f"sox --ignore-length {shlex.quote(path)} OUT.wav)"
-                    )
-                return
-            start = file.tell()
-            if header[:4] == b"ds64":  # RF64, for files over 4 GiB: sizes of the file, of the data
-                data_size_64 = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))[1]
-            file.seek(start + size + size % 2)  # chunks begin at even positions
-    raise UserError(f"{path}: truncated: ends within its header")
-
-
-def fbank_blocks(
-    blocks: Iterable[np.ndarray], settings: dict, name: str = "audio"
-) -> Iterator[np.ndarray]:
-    """Log-Mel energies of one utterance, block by block, in memory that does not grow with it.
-
-    Args:
-        blocks: its samples, float32 (samples,) each, in 16-bit range, as read_blocks gives them.
-        settings: fbank_settings(). With dither 0 the result repeats exactly.
-        name: what error messages call the utterance: its file.
-
-    Yields:
-        float32 (frames, num_mel_bins), natural logarithm; T frames in all,
-        T = 1 + (samples - window) // shift, with 400 and 160 samples at 16 kHz.
-
-    Raises:
-        UserError: fewer samples than one window; energies beyond float32; options that do not fit
-            each other, such as more mel bins than the window's spectrum can fill.
-    """
-    import kaldi_native_fbank
-
-    rate, num_samples, done = settings["sample_rate"], 0, 0
+def _resample(blocks, rate, target):
+    """Samples in blocks, at `rate` Hz -> the same at `target` Hz."""
     try:
-        extractor = kaldi_native_fbank.OnlineFbank(_options(tuple(settings.items())))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"fbank options: {' '.join(str(error).split())}") from None
-    for samples in itertools.chain(blocks, [None]):
-        try:
-            if samples is None:
-                extractor.input_finished()
-            else:
-                num_samples += len(samples)
-                samples = np.ascontiguousarray(samples, dtype=np.float32)
-                if settings["full_scale"] != FULL_SCALE:
-                    samples = samples * np.float32(settings["full_scale"] / FULL_SCALE)
-                # Given the array, it would take 40 % more time: the binding reads single items, and
-                # a memoryview makes Python floats of them faster than numpy does its scalars.
-                extractor.accept_waveform(rate, memoryview(samples))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name}: no log-Mel energies: {reason}") from None
-        ready = range(done, extractor.num_frames_ready)
-        if ready:
-            # There is no call for many frames. The rows belong to the extractor: np.array copies.
-            frames = np.array([extractor.get_frame(i) for i in ready])
-            if not np.isfinite(frames).all():
-                raise UserError(
-                    f"{name}: log-Mel energies that are NaN or infinite (samples too large)"
-                )
-            extractor.pop(len(ready))
-            done = ready.stop
-            yield frames
-    if not done:
-        window = int(rate * settings["frame_length_ms"] / 1000)
-        raise UserError(
-            f"{name}: {num_samples} samples are fewer than one window "
-            f"({window} samples, {settings['frame_length_ms']:g} ms)"
-        )
+        import soxr
+    except ModuleNotFoundError:
+        raise UserError("--resample needs soxr: pip install -r requirements.txt") from None
+    stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+    for samples in blocks:
+        yield stream.resample_chunk(samples)
+    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def fbank(samples: np.ndarray, settings: dict, name: str = "audio") -> np.ndarray:
-    """All log-Mel energies of one utterance, float32 (T, num_mel_bins): fbank_blocks(), joined."""
-    return _join(fbank_blocks([samples], settings, name))
+# Files to log-Mel frames --------------------------------------------------------------------------
 
 
-def read_fbank_blocks(path: str | os.PathLike, settings: dict) -> Iterator[np.ndarray]:
-    """A file's log-Mel frames, block by block; errors name the file."""
-    return fbank_blocks(read_blocks(path, settings["sample_rate"]), settings, name=path)
+def read_fbank_blocks(recording: Recording, settings: dict, **options) -> Iterator[np.ndarray]:
+    """A recording's log-Mel frames, block by block; `options` are read_blocks()'."""
+    blocks = read_blocks(recording, settings["sample_rate"], **options)
+    return fbank_blocks(blocks, settings, name=recording.path)
 
 
-def read_fbank(path: str | os.PathLike, settings: dict) -> np.ndarray:
-    """All of a file's log-Mel frames, float32 (T, num_mel_bins); errors name the file."""
-    return _join(read_fbank_blocks(path, settings))
+def read_fbank(recording: Recording, settings: dict, **options) -> np.ndarray:
+    """All of a recording's log-Mel frames, float32 (T, num_mel_bins)."""
+    return np.concatenate([*read_fbank_blocks(recording, settings, **options)])
 
 
-def audio_jobs(files: list, settings: dict, skip_bad: bool) -> Iterator[tuple]:
-    """[(utterance id, path)] -> (files so far, job of some files): as kaldi.read_kaldi's jobs.
-
-    With skip_bad a job yields, for a file that cannot be used, the error in place of the utterance.
-    """
-    for start in range(0, len(files), 4):
-        some = files[start : start + 4]
-        yield (start + len(some), functools.partial(_read_files, some, settings, skip_bad))
+def audio_jobs(recordings: list[Recording], settings: dict, **options) -> Iterator[tuple]:
+    """Recordings -> (how many so far, job of some), as kaldi.read_kaldi's jobs, whose utterances
+    have blocks of frames."""
+    for start in range(0, len(recordings), 4):
+        some = recordings[start : start + 4]
+        yield start + len(some), functools.partial(_read_files, some, settings, options)
 
 
-def _read_files(files, settings, skip_bad):
-    for utt_id, path in files:
-        try:
-            yield utt_id, read_fbank(path, settings), path
-        except (UserError, OSError) as error:
-            if not skip_bad:
-                raise
-            yield error
-
-
-# CMVN ---------------------------------------------------------------------------------------------
-
-
-def cmvn_group(utt_id: str, where: str, cmvn: str, utt2spk: dict | None) -> str:
-    """The name of the group of utterances over which `cmvn` normalises this one.
-
-    Args:
-        utt_id: the utterance's id.
-        where: what an error message calls the place it comes from.
-        cmvn: one of CMVN_KINDS; with "none" every utterance is a group of its own.
-        utt2spk: dict utterance id -> speaker; None: an id's speaker comes before its first "-".
-    """
-    if cmvn == "global":
-        return "all"
-    if cmvn != "speaker":
-        return utt_id
-    if utt2spk is None:
-        return utt_id.split("-")[0]
-    if utt_id not in utt2spk:
-        raise UserError(f"{where}: utterance {utt_id}: has no speaker in --utt2spk")
-    return utt2spk[utt_id]
-
-
-def cmvn_stats(frames: np.ndarray) -> np.ndarray:
-    """Statistics of frames (T, D) for mean and variance normalisation, in Kaldi's layout: float64
-    (2, D + 1), row 0 the sums and, last, T; row 1 the sums of squares and, last, 0. Statistics of
-    several utterances add up to those of all their frames."""
-    frames = np.asarray(frames, dtype=np.float64)
-    stats = np.zeros((2, frames.shape[1] + 1))
-    stats[0, :-1] = frames.sum(axis=0)
-    stats[0, -1] = len(frames)
-    stats[1, :-1] = np.square(frames).sum(axis=0)
-    return stats
-
-
-def cmvn_settings(prepared: dict) -> tuple[str, dict]:
-    """prepared.json -> its kind of CMVN, and the options of apply_cmvn().
-
-    Folders from before there was norm_vars were normalised by the standard deviation too.
-    """
-    options = {
-        "norm_vars": prepared.get("norm_vars", True),
-        "unbiased": prepared.get("unbiased_vars", False),
-    }
-    return prepared.get("cmvn", "none"), options
-
-
-def apply_cmvn(
-    frames: np.ndarray, stats: np.ndarray, norm_vars: bool, unbiased: bool = False
-) -> np.ndarray:
-    """Normalise frames (T, D) -> float32 (T, D).
-
-    Args:
-        frames: log-Mel frames.
-        stats: (2, D + 1), as cmvn_stats() gives them; of the frames of a speaker, say.
-        norm_vars: besides subtracting the mean, divide by the standard deviation (Kaldi's
-            --norm-vars, off by default there as here). A dimension that is constant becomes 0.
-        unbiased: estimate the variance with T - 1 in place of T, as torch.std and so s3prl does.
-
-    Raises:
-        ValueError: statistics of no frames, or of another width than the frames'.
-    """
-    count = stats[0, -1]
-    if count < 1 or stats.shape != (2, frames.shape[1] + 1):
-        raise ValueError(
-            f"CMVN statistics {stats.shape} of {count:g} frames for frames {frames.shape}"
-        )
-    mean = stats[0, :-1] / count
-    if not norm_vars:
-        return (frames - mean).astype(np.float32)
-    mean_square = stats[1, :-1] / count
-    variance = mean_square - np.square(mean)
-    # The difference of two nearly equal numbers: below this it is rounding, not variance.
-    varies = variance > 1e-10 * mean_square
-    if unbiased:
-        variance = variance * count / max(count - 1, 1)
-    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-    return ((frames - mean) * scale).astype(np.float32)
+def _read_files(recordings, settings, options) -> Iterable[tuple]:
+    for recording in recordings:
+        blocks = read_fbank_blocks(recording, settings, **options)
+        yield recording.utt_id, blocks, recording.path

@@ -15,7 +15,9 @@ import contextlib
 import functools
 import gzip
 import io
+import itertools
 import lzma
+import math
 import os
 import re
 import struct
@@ -27,7 +29,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import simdjson
 
-from utils import UserError, check_utt_id, quote
+from utils import BadUtterance, UserError, check_utt_id, quote
 
 BLOCK_SIZE = 1 << 22  # bytes of text for each job
 MAX_UTTERANCE = 1 << 30  # bytes of text; without the end of an utterance in this, it is not a dump
@@ -229,9 +231,13 @@ def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Itera
         body = block[line_end + 1 : end.start() if end else -1]
         if end_mark == "]" and end:  # it may stand on a line of its own
             body = body.rstrip()
-        frames = _parse_frames(body, utt_id, name, number + 1, end_mark, end is not None)
-        yield Utterance(utt_id, frames, where)
-        number += len(frames) + block.count(b"\n", line_end + 1 + len(body), end.end())
+        try:
+            frames = _parse_frames(body, utt_id, name, number + 1, end_mark, end is not None)
+            utterance = Utterance(utt_id, frames, where)
+        except BadUtterance as error:
+            utterance = error
+        yield utterance
+        number += block.count(b"\n", start, end.end())
         start = end.end()
 
 
@@ -244,10 +250,11 @@ def _parse_frames(body, utt_id, name, first_line, end_mark, has_end):
     if bad is not None:
         row, column = bad
         word = body.split(b"\n")[row].split()[column]
-        raise UserError(
+        raise BadUtterance(
             f"{name}:{first_line + row}: utterance {utt_id}: expected finite float32 numbers, "
             f"found {quote(word)}"
         )
+    refuse_cmvn_stats(frames, f"{name}:{first_line}: utterance {utt_id}")
     return frames
 
 
@@ -273,6 +280,15 @@ def _parse_fast(body):
     if not frames.all() and re.search(rb"-0[,\]\s]", text):  # an integer, which has no sign
         return None
     return frames.reshape(len(rows), -1)
+
+
+def refuse_cmvn_stats(frames: np.ndarray, where: str) -> None:
+    """UserError for a matrix of CMVN statistics: sums and, last, a count; sums of squares and 0."""
+    if len(frames) == 2 and frames[1, -1] == 0 and frames[0, -1] >= 1 and not frames[0, -1] % 1:
+        raise UserError(
+            f"{where}: expected frames, found CMVN statistics (of {frames[0, -1]:.0f} frames): "
+            "give the features, feats.scp or .ark"
+        )
 
 
 def to_float32(frames: np.ndarray) -> tuple[np.ndarray, tuple | None]:
@@ -311,7 +327,7 @@ def _parse_slowly(body, utt_id, name, first_line, end_mark, has_end):
             "file: is it truncated?"
         )
     if not rows or not rows[0]:
-        raise UserError(f"{where}: expected frames, found none before {end_mark!r}")
+        raise BadUtterance(f"{where}: expected frames, found none before {end_mark!r}")
     return np.array(rows)
 
 
@@ -334,22 +350,30 @@ def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
         utt_id = check_utt_id(head[:-1], where)
         frames, num_bytes = read_matrix(stream, f"{where}: utterance {utt_id}")
         position += len(head) + num_bytes
-        job.append(Utterance(utt_id, frames, where))
+        job.append((utt_id, frames, where, f"{where}: utterance {utt_id}"))
         size += len(head) + num_bytes
         if size >= BLOCK_SIZE:
-            yield size, functools.partial(read_already, job)
+            yield size, functools.partial(itertools.starmap, check_matrix, job)
             job, size = [], 0
     if job:
-        yield size, functools.partial(read_already, job)
+        yield size, functools.partial(itertools.starmap, check_matrix, job)
 
 
-def read_already(utterances: list[Utterance]) -> Iterator[Utterance]:
-    """The job of an archive, whose matrices cannot be found without reading them."""
-    yield from utterances
+def check_matrix(
+    utt_id: str, frames: np.ndarray, where: str, name: str
+) -> Utterance | BadUtterance:
+    """A binary archive's matrix -> the utterance; `name` is for messages."""
+    if not frames.size:
+        return BadUtterance(f"{name}: expected frames, found a matrix of shape {frames.shape}")
+    frames, bad = to_float32(frames)
+    if bad is not None:
+        return BadUtterance(f"{name}: frame {bad[0]}: expected finite float32 numbers")
+    refuse_cmvn_stats(frames, name)
+    return Utterance(utt_id, frames, where)
 
 
 def read_matrix(stream: BinaryIO, where: str) -> tuple[np.ndarray, int]:
-    """Kaldi's binary matrix at a stream's position -> (float32 (T, D), bytes read)."""
+    """Kaldi's binary matrix at a stream's position -> ((T, D), bytes read)."""
     from kaldiio.matio import read_matrix_or_vector
 
     # Only this part of kaldiio is safe with files from anywhere: others run pipes and pickles.
@@ -365,11 +389,8 @@ def read_matrix(stream: BinaryIO, where: str) -> tuple[np.ndarray, int]:
             frames = read_matrix_or_vector(matrix)
     except (ValueError, AssertionError, struct.error, MemoryError, OverflowError, TypeError):
         raise UserError(f"{where}: the matrix is truncated or damaged") from None
-    if frames.ndim != 2 or not frames.size:
-        raise UserError(f"{where}: expected frames, found a matrix of shape {frames.shape}")
-    frames, bad = to_float32(frames)
-    if bad is not None:
-        raise UserError(f"{where}: frame {bad[0]}: expected finite float32 numbers")
+    if frames.ndim != 2:
+        raise UserError(f"{where}: expected frames, found a vector of {frames.size} numbers")
     return frames, matrix.count
 
 
@@ -389,13 +410,14 @@ def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
                 f"{where}: utterance {utt_id}: is a pipe, which would run a command, and is "
                 "refused: write an archive with copy-feats and read that"
             )
-        found = re.fullmatch(r"(.*?[^\]])(?::(\d{1,18}))?", target)
+        found = re.fullmatch(r"(.*?[^\]])(?::(\d{1,18}))?(?:\[(\d{1,9}):(\d{1,9})\])?", target)
         if not found or "\0" in target:
             raise UserError(
-                f"{where}: utterance {utt_id}: expected FILE or FILE:OFFSET, found "
-                f"{quote(os.fsencode(target))}"
+                f"{where}: utterance {utt_id}: expected FILE, FILE:OFFSET or, of some rows, "
+                f"FILE:OFFSET[FIRST:LAST], found {quote(os.fsencode(target))}"
             )
-        job.append((utt_id, found[1], int(found[2] or 0), where))
+        rows = found[3] and (int(found[3]), int(found[4]))
+        job.append((utt_id, found[1], int(found[2] or 0), rows, where))
         if len(job) == 32:
             yield size, functools.partial(read_scp_lines, job)
             job, size = [], 0
@@ -403,12 +425,12 @@ def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
         yield size, functools.partial(read_scp_lines, job)
 
 
-def read_scp_lines(lines: list[tuple]) -> Iterator[Utterance]:
-    """[(utterance id, file, offset, where)] -> utterances."""
+def read_scp_lines(lines: list[tuple]) -> Iterator[Utterance | BadUtterance]:
+    """[(utterance id, file, offset, (first row, last row) or None, where)] -> utterances."""
     file, opened = None, None
     try:
-        for utt_id, path, offset, where in lines:
-            where_all = f"{where}: utterance {utt_id}: {path!r}"
+        for utt_id, path, offset, rows, where in lines:
+            name = f"{where}: utterance {utt_id}: {path!r}"
             if path != opened:
                 if file:
                     file.close()
@@ -416,26 +438,128 @@ def read_scp_lines(lines: list[tuple]) -> Iterator[Utterance]:
                     file, opened = open(path, "rb"), path  # noqa: SIM115
                 except OSError as error:
                     raise UserError(
-                        f"{where_all}: {error.strerror} (paths are relative to where you are)"
+                        f"{name}: {error.strerror} (paths are relative to where you are)"
                     ) from None
             size = os.fstat(file.fileno()).st_size
             if offset >= size:
-                raise UserError(f"{where_all}: offset {offset}, but the file has {size} bytes")
+                raise UserError(f"{name}: offset {offset}, but the file has {size} bytes")
             file.seek(offset)
-            frames, _ = read_matrix(file, f"{where_all}: byte {offset}")
-            yield Utterance(utt_id, frames, where)
+            name = f"{name}: byte {offset}"
+            is_binary = file.read(2) == b"\0B"
+            file.seek(offset)
+            frames = read_matrix(file, name)[0] if is_binary else read_text_matrix(file, name)
+            if rows:
+                # Kaldi too allows for lengths that were rounded up.
+                if not rows[0] <= rows[1] < len(frames) + 3 or rows[0] >= len(frames):
+                    raise UserError(f"{name}: rows {rows[0]}:{rows[1]} of {len(frames)}")
+                frames = frames[rows[0] : rows[1] + 1]
+            yield check_matrix(utt_id, frames, where, name)
     finally:
         if file:
             file.close()
 
 
-def read_utt2spk(path: str | os.PathLike) -> dict[str, str]:
-    """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
-    speakers = {}
+def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
+    """A text archive's matrix, " [ ... ]", at a file's position -> (T, D)."""
+    text = new = file.read(1 << 16)
+    while new and b"]" not in new and text.lstrip().startswith(b"["):
+        new = file.read(len(text))
+        text += new
+    body, end, _ = text.partition(b"]")
+    if not body.lstrip().startswith(b"[") or not end:
+        raise UserError(f"{where}: expected a matrix, binary or in brackets, found {quote(text)}")
+    rows = [line.split() for line in body.replace(b"[", b"", 1).splitlines() if line.strip()]
+    try:
+        return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 0))
+    except ValueError:
+        raise UserError(f"{where}: expected rows of numbers, all of one length") from None
+
+
+# Lists of Kaldi's ---------------------------------------------------------------------------------
+
+
+def read_table(path: str | os.PathLike, *columns: str, maxsplit: int = -1) -> dict:
+    """A table of Kaldi's, "key value ..." a line -> dict key -> (values, "file:line").
+
+    Blank lines and a byte-order mark do no harm.
+
+    Raises:
+        UserError: a line of another number of columns; a key twice, with other values.
+    """
+    table = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            words = os.fsdecode(line).split()  # utterance ids may be file names that are no text
-            if len(words) != 2:
-                raise UserError(f"{path}:{number}: expected an utterance and a speaker")
-            speakers[words[0]] = words[1]
-    return speakers
+            where = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            # Utterance ids may be file names that are no text.
+            words = os.fsdecode(line.strip()).split(maxsplit=maxsplit)
+            if not words:
+                continue
+            if len(words) != len(columns):
+                raise UserError(f"{where}: expected {' and '.join(columns)}, found {quote(line)}")
+            key, *values = words
+            before, where_before = table.setdefault(key, (values, where))
+            if before != values:
+                raise UserError(
+                    f"{where}: {key} has {' '.join(values)!r} here, and {' '.join(before)!r} in "
+                    f"{where_before}"
+                )
+    return table
+
+
+def read_utt2spk(path: str | os.PathLike) -> dict[str, str]:
+    """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
+    table = read_table(path, "an utterance", "a speaker")
+    return {utt_id: speaker for utt_id, ((speaker,), _) in table.items()}
+
+
+def read_data_dir(path: str) -> list[tuple]:
+    """A data directory: wav.scp; segments, utt2spk, reco2file_and_channel where they are there.
+
+    Returns:
+        (utterance id, audio file, speaker or None, channel or None, start, end or None) of each
+        utterance, sorted by id; times in seconds.
+
+    Raises:
+        UserError: by file and line, what is wrong; a pipe, which would run a command.
+    """
+
+    def read(name, *columns):
+        file = os.path.join(path, name)
+        return read_table(file, *columns) if os.path.exists(file) else {}
+
+    files = read_table(os.path.join(path, "wav.scp"), "a recording", "its file", maxsplit=1)
+    speakers = read("utt2spk", "an utterance", "a speaker")
+    channels = read("reco2file_and_channel", "a recording", "a file", "a channel")
+    segments = read("segments", "an utterance", "a recording", "its start", "its end") or {
+        recording: ([recording, "0", "-1"], where) for recording, (_, where) in files.items()
+    }
+    rows = []
+    for utt_id, ((recording, start, end), where) in sorted(segments.items()):
+        check_utt_id(utt_id, where)
+        if recording not in files:
+            raise UserError(f"{where}: utterance {utt_id}: {recording} is not in wav.scp")
+        (file,), where_file = files[recording]
+        if file.endswith("|"):
+            raise UserError(
+                f"{where_file}: recording {recording}: is a pipe, which would run a command, and "
+                "is refused: run it once, write what comes out to a file, and name that here"
+            )
+        try:
+            start, end = float(start), float(end)
+        except ValueError:
+            start = end = math.nan
+        if not (0 <= start < end < math.inf or 0 <= start < math.inf and end == -1):
+            raise UserError(f"{where}: utterance {utt_id}: expected 0 <= start < end, in seconds")
+        channel = None
+        if recording in channels:
+            (_, letter), where = channels[recording]
+            if not re.fullmatch("[A-Za-z]", letter):
+                raise UserError(f"{where}: expected a channel A, B, ..., found {quote(letter)}")
+            channel = ord(letter.upper()) - ord("A")
+        (speaker,), _ = speakers.get(utt_id, ((None,), None))
+        rows.append((utt_id, file, speaker, channel, start, None if end == -1 else end))
+    if not rows:
+        raise UserError(f"{path}: no utterance in it")
+    return rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apc_model import APCModel
-from formats.audio import S3PRL_FBANK, cmvn_settings, fbank_settings
+from formats.fbank import S3PRL_FBANK, cmvn_settings, fbank_settings
 from utils import UserError
 
 # Of no effect on a model here: a constant, which CMVN removes or the weights absorb, and noise.

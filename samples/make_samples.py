@@ -6,7 +6,7 @@
 
 The sentences were written for this purpose. Each is spoken once, by one of flite's four voices of
 16 kHz, each of which is a speaker. Features as `prepare_data.py --librispeech_from_audio` makes
-them: the original's fbank (formats/audio.py) without dither, normalised to mean 0 over
+them: the original's fbank (formats/fbank.py) without dither, normalised to mean 0 over
 the speaker's whole speech. Utterance ids have LibriSpeech's shape, speaker-chapter-number; chapter
 1 is train, chapter 2 dev. The files have the original's dump format: a line with the
 utterance id, a line of decimals for each frame, a line with a full stop. Made again on the same
@@ -25,7 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from formats.audio import apply_cmvn, cmvn_stats, fbank_settings, read_fbank
+from formats.audio import Recording, read_fbank
+from formats.fbank import apply_cmvn, cmvn_stats, fbank_settings
 from utils import UserError, atomic_write, run_main
 
 VOICES = {"9001": "kal16", "9002": "awb", "9003": "rms", "9004": "slt"}  # speaker: flite's name
@@ -107,7 +108,7 @@ def speak(sentence, voice, folder):
     """One sentence in a flite voice, as log-Mel frames (T, 80)."""
     path = os.path.join(folder, "sentence.wav")
     synthesise(sentence, voice, path)
-    return read_fbank(path, fbank_settings())
+    return read_fbank(Recording("sentence", path), fbank_settings())
 
 
 def dump(utterances):

@@ -13,7 +13,8 @@ from processes import error_line
 
 from apc_model import APCModel
 from experiments import evidence, make_corpus, phone_probe, speaker_probe
-from formats.audio import fbank_settings, read_fbank
+from formats.audio import Recording, read_fbank
+from formats.fbank import fbank_settings
 from utils import RNNConfig, UserError, save, write_json
 
 
@@ -209,7 +210,7 @@ def test_labels_fit_the_speech(tmp_path, monkeypatch):
     louder = {shift: 0.0 for shift in (-8, 0, 8)}  # than pauses: the rest, by shifted labels
     for utt_id, path in paths.items():
         assert utt_id.split("-")[:2] == list(path.parts[-3:-1])  # LibriSpeech's tree
-        frames = read_fbank(path, fbank_settings())
+        frames = read_fbank(Recording("utt", path), fbank_settings())
         assert len(frames) == len(labels[utt_id])
         pauses = np.array(labels[utt_id]) == "pau"
         for shift in louder:

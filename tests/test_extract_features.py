@@ -28,6 +28,8 @@ from apc_model import APCModel
 from datasets import warn_of_other_data
 from extract_features import choose_layers
 from formats import audio
+from formats.fbank import CMVN_KINDS, fbank_settings
+from formats.fbank import fbank as compute_fbank
 from utils import UserError, lock_folder
 
 SCRIPT = "extract_features.py"
@@ -596,7 +598,7 @@ def prepare(source, save_dir, *options, max_seq_len=200):
 def trained(recordings, tmp_path_factory):
     """{name: (a model trained on the recordings cut to CUT frames, the same, prepared uncut)}."""
     found = {}
-    kinds = {cmvn: ["--cmvn", cmvn] for cmvn in audio.CMVN_KINDS}
+    kinds = {cmvn: ["--cmvn", cmvn] for cmvn in CMVN_KINDS}
     kinds |= {"vars": ["--cmvn", "global", "--norm_vars"], "s3prl": ["--as_s3prl"]}
     for name, options in kinds.items():
         here = tmp_path_factory.mktemp(name)
@@ -610,7 +612,8 @@ def trained(recordings, tmp_path_factory):
 def test_audio_gives_what_preparing_it_gives(tmp_path, features, recordings, trained, monkeypatch):
     """A file by itself, too, without its speaker's other speech; and where it is read in blocks."""
     found, wav = {}, recordings / "84" / "84-121-0001.wav"
-    shutil.copytree(wav.parent, tmp_path / "alone", ignore=shutil.ignore_patterns("*.flac"))
+    ignore = shutil.ignore_patterns("*.flac")
+    shutil.copytree(wav.parent, tmp_path / "alone" / "84", ignore=ignore)
     for cmvn, (checkpoint, uncut) in trained.items():
         expected = features(checkpoint, uncut, "--batch_size", 3)
         found[cmvn] = features(checkpoint, recordings, "--audio", "--batch_size", 3)
@@ -638,12 +641,12 @@ def test_the_training_datas_fbank_and_variance_are_used(tmp_path, features):
     ]
     for number, (changes, options) in enumerate(rows):
         checkpoint = tmp_path / f"{number}" / "foo.model"
-        fbank = audio.fbank_settings(changes)
+        fbank = fbank_settings(changes)
         rate, mel = int(fbank["sample_rate"]), fbank["num_mel_bins"]
         made = {"source": "audio", "fbank": fbank, "cmvn": "utterance"}
         model = write_model(checkpoint, [made | options], mel=mel)
         samples = speech(0.5, rate=rate)
-        frames = audio.fbank(samples.astype(np.float32), fbank).astype(np.float64)
+        frames = compute_fbank(samples.astype(np.float32), fbank).astype(np.float64)
         window, shift = (rate * fbank[f"frame_{key}_ms"] / 1000 for key in ("length", "shift"))
         assert frames.shape == (1 + (len(samples) - window) // shift, mel)
         frames -= frames.mean(axis=0)
@@ -731,7 +734,7 @@ def test_torchrun(tmp_path, server, features, recordings, trained):
 
 # How the training data were made ------------------------------------------------------------------
 
-FBANK = audio.fbank_settings()
+FBANK = fbank_settings()
 AUDIO = {"source": "audio", "path": "a", "fbank": FBANK, "cmvn": "speaker", "max_seq_len": 30}
 KALDI = AUDIO | {"source": "kaldi", "fbank": None, "cmvn": "none"}
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import Hostile
 
 from formats import kaldi
-from utils import UserError
+from utils import BadUtterance, UserError
 
 # The same utterances in every format --------------------------------------------------------------
 
@@ -78,8 +78,15 @@ def write(path, content):
 def read(source):
     """Every utterance of a source: [(id, frames)]."""
     _, _, jobs = kaldi.read_kaldi(str(source))
-    # A job is done by another process, if there are several.
-    return [utt[:2] for _, job in jobs for utt in pickle.loads(pickle.dumps(job))()]
+    found = []
+    for _, job in jobs:
+        for utterance in pickle.loads(
+            pickle.dumps(job)
+        )():  # by another process, if there are several
+            if isinstance(utterance, BadUtterance):
+                raise utterance
+            found.append(utterance[:2])
+    return found
 
 
 def assert_same(found, utterances):
@@ -233,6 +240,29 @@ def test_scp(tmp_path, monkeypatch):
     # As in Kaldi, a relative path starts where the program does.
     monkeypatch.chdir(folder)
     assert_same(read(write(tmp_path / "r.scp", text.replace(f"{folder}/", ""))), shuffled)
+
+
+def test_rows_and_text_archives_in_an_scp(tmp_path):
+    """As copy-feats reads them: both ends of a range are in it; it may end a little late."""
+    frames, binary, text = exact(20), tmp_path / "a.ark", tmp_path / "text.ark"
+    for path, is_text in ((binary, False), (text, True)):
+        kaldiio.save_ark(str(path), {"one": exact(4), "two": frames}, text=is_text)
+        offset = path.read_bytes().index(b"two ") + 4
+        lines = [f"whole {path}:{offset}", f"part {path}:{offset}[3:9]"]
+        lines += [f"row {path}:{offset}[0:0]", f"late {path}:{offset}[5:22]"]
+        found = read(write(tmp_path / "feats.scp", "\n".join(lines)))
+        expected = {"whole": frames, "part": frames[3:10], "row": frames[:1], "late": frames[5:]}
+        assert_same(found, expected)
+        for rows in ("[5:23]", "[20:20]", "[9:3]"):
+            message = refusal(write(tmp_path / "feats.scp", f"utX {path}:{offset}{rows}\n"))
+            assert re.search(rf"scp:1: utterance utX: .*rows {rows[1:-1]} of 20", message)
+    for content, reason in [("x 1 2\n", "in brackets"), (" [ 1 2\n 3 ]", "one length")]:
+        write(text, content)
+        assert reason in refusal(write(tmp_path / "feats.scp", f"utX {text}\n"))
+    write(text, " [\n" + "1 2\n" * 50000)  # without its end, over several blocks
+    assert "in brackets" in refusal(write(tmp_path / "feats.scp", f"utX {text}\n"))
+    write(text, " [\n" + "1 2\n" * 50000 + "]\n")
+    assert len(read(tmp_path / "feats.scp")[0][1]) == 50000
 
 
 def test_file_names_in_an_scp_need_not_be_text_but_ids_must(tmp_path):
@@ -506,7 +536,7 @@ def test_bad_offsets(tmp_path, archive):
 def test_bad_lines_of_an_scp(tmp_path, archive):
     ark, offset = archive
     for bad in [
-        *[f"utX {ark}:{offset}[0:1]", f"utX {ark}:{offset}[0:1,0:1]", f"utX {ark}[0:1]"],
+        *[f"utX {ark}:{offset}[0:1,0:1]", f"utX {ark}:{offset}[0:]", f"utX {ark}[0:1]"],
         *["utX", "utX ", "utX\t\t", f"utX {ark}", f"utX {tmp_path}", "utX gone.ark:15"],
         *["utX -", "utX -:4", f"utX ark:{ark}", f"utX {ark}\0:15", "utX [0:1]", "utX :15"],
     ]:
@@ -533,7 +563,13 @@ def test_utt2spk(tmp_path):
     path = write(tmp_path / "utt2spk", b"84-1 84\n\xe9-2\t spk\xe9\nu x")
     speakers = {os.fsdecode(b"\xe9-2"): os.fsdecode(b"spk\xe9"), "84-1": "84", "u": "x"}
     assert kaldi.read_utt2spk(path) == speakers
+    # A byte-order mark, blank lines, a line twice.
+    write(path, b"\xef\xbb\xbfa 1\n\n  \nb 2\r\na 1\n")
+    assert kaldi.read_utt2spk(path) == {"a": "1", "b": "2"}
+    write(path, "a 1\nb 2\na 2\n")
+    with pytest.raises(UserError, match=r"utt2spk:3: a has '2' here, and '1' in \S*utt2spk:1"):
+        kaldi.read_utt2spk(path)
     rubbish = b"a b\n" + np.random.default_rng(0).bytes(500)
-    for content, line in [(b"a\n", 1), (b"a x\nb x y\n", 2), (b"a x\n\nb x\n", 2), (rubbish, 2)]:
+    for content, line in [(b"a\n", 1), (b"a x\nb x y\n", 2), (rubbish, 2)]:
         with pytest.raises(UserError, match=rf"utt2spk:{line}: "):
             kaldi.read_utt2spk(write(path, content))

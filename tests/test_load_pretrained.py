@@ -13,7 +13,7 @@ import torch
 from conftest import hostile_files
 from processes import ONE_THREAD, ROOT, error_line
 from reference import PackedAPC
-from test_audio import PREPARED
+from test_fbank import PREPARED
 from torch import nn
 
 import load_pretrained as script

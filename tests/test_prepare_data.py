@@ -10,21 +10,24 @@ import pickletools
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
-from pathlib import Path
 
 import kaldiio
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from conftest import run_script, speech
-from processes import children, error_line, snapshot, status_of, until
+from processes import ROOT, children, error_line, snapshot, status_of, until
 
 import prepare_data
 import utils
-from formats import audio, kaldi
+from formats import kaldi
+from formats.fbank import CMVN_KINDS, fbank, fbank_settings
 
 RATE = 16000
 MAX_SEQ_LEN = 60  # frames of a tensor: fewer than some utterances have, more than others
@@ -40,8 +43,7 @@ SPEECH = {
     ]
 }
 FRAMES = {
-    utt: audio.fbank(samples.astype(np.float32), audio.fbank_settings())
-    for utt, samples in SPEECH.items()
+    utt: fbank(samples.astype(np.float32), fbank_settings()) for utt, samples in SPEECH.items()
 }
 FEW = ("103-4-0000", "84-1-0000", "84-1-0001")
 GROUPS = {
@@ -70,9 +72,11 @@ def write(path, content):
 
 
 def save_speech(folder, utterances=SPEECH, ending="wav"):
-    folder.mkdir(parents=True, exist_ok=True)
+    """In a folder of its speaker each."""
     for utt in utterances:
-        soundfile.write(folder / f"{utt}.{ending}", SPEECH[utt], RATE)
+        path = folder / utt.split("-")[0] / f"{utt}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, SPEECH[utt], RATE)
     return folder
 
 
@@ -88,15 +92,16 @@ def sources(tmp_path_factory):
     """{name: path} of the same speech, and of less of it."""
     root = tmp_path_factory.mktemp("sources")
     for utt in SPEECH:  # LibriSpeech's tree
-        save_speech(root / "flac" / "dev-clean" / "/".join(utt.split("-")[:2]), [utt], "flac")
-    write(root / "flac" / "dev-clean" / "84" / "1" / "84-1.trans.txt", "84-1-0000 SOME WORDS\n")
-    write(root / "flac" / "SPEAKERS.TXT", "84 | F | dev-clean\n")
+        path = root / "flac" / "/".join(utt.split("-")[:2]) / f"{utt}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, SPEECH[utt], RATE)
     # Old corpora have names in Latin-1: those of folders are no ids.
-    (root / "flac" / "dev-clean").rename(root / "flac" / os.fsdecode(b"d\xe9v-clean"))
+    (root / "flac" / "84").rename(root / "flac" / os.fsdecode(b"Andr\xe9"))
+    write(root / "utt2spk", "".join(f"{utt} {utt.split('-')[0]}\n" for utt in SPEECH))
     kaldiio.save_ark(str(root / "feats.ark"), FRAMES, scp=str(root / "feats.scp"))
     few = {utt: FRAMES[utt] for utt in FEW}
     kaldiio.save_ark(str(root / "few.ark"), few, scp=str(root / "few.scp"))
-    write(save_speech(root / "few_and_bad", FEW) / "103-0.wav", b"no audio")
+    write(save_speech(root / "few_and_bad", FEW) / "103" / "103-0.wav", b"no audio")
     return {
         "flac": root / "flac",
         "wav": save_speech(root / "wav"),
@@ -196,7 +201,13 @@ def test_folder_has_the_original_layout(tmp_path, prepare):
     announced, result = printed.splitlines()
     for words in (str(source), "text dump", "CMVN: none", "20 frames", "1 process", str(folder)):
         assert words in announced
-    for words in ("5 utterances, 91 frames", "0.00 h", "mel_dim 4", "11 frames beyond", "0 files"):
+    for words in (
+        "5 utterances, 91 frames",
+        "0.00 h",
+        "mel_dim 4",
+        "11 frames beyond",
+        "0 utterances",
+    ):
         assert words in result
     for utt in utterances:
         tensor = torch.load(folder / f"{utt}.pt", weights_only=True)
@@ -207,7 +218,7 @@ def test_folder_has_the_original_layout(tmp_path, prepare):
     assert max(arg for op, arg, _ in pickletools.genops(raw) if op.name == "PROTO") <= 4
 
 
-@pytest.mark.parametrize("cmvn", audio.CMVN_KINDS)
+@pytest.mark.parametrize("cmvn", CMVN_KINDS)
 def test_every_source_gives_the_same_normalised_tensors(tmp_path, prepare, sources, cmvn):
     expected = FRAMES if cmvn == "none" else normalised(FRAMES, GROUPS[cmvn])
     for name in ("flac", "wav", "ark", "scp", "dump.gz"):
@@ -224,17 +235,35 @@ def test_every_source_gives_the_same_normalised_tensors(tmp_path, prepare, sourc
         assert_holds(tmp_path / "vars", expected, atol=1e-5)
 
 
-def test_utt2spk_overrides_the_ids(tmp_path, prepare, refused, sources):
+def test_utt2spk(tmp_path, prepare, refused, sources):
     speakers = {utt: "xyz"[number % 2] for number, utt in enumerate(SPEECH)}
     lines = [f"{utt} {speaker}\n" for utt, speaker in speakers.items()]
     utt2spk = write(tmp_path / "utt2spk", "".join([*lines, "another-utterance x\n"]))
     less = write(tmp_path / "less", "".join(lines[:2] + lines[3:]))
     for name in ("wav", "ark"):
         source, options = sources[name], ["--cmvn", "speaker", "--utt2spk"]
-        prepare(source, tmp_path / name, *options, utt2spk)
+        printed = prepare(source, tmp_path / name, *options, utt2spk)
+        assert "6 utterances, 2 speakers" in printed
         assert_holds(tmp_path / name, normalised(FRAMES, speakers.get), atol=1e-5)
         message = refused(source, tmp_path / f"{name}-less", *options, less)
-        assert f"{list(SPEECH)[2]}: has no speaker in --utt2spk" in message
+        assert f"{list(SPEECH)[2]}: has no speaker in utt2spk" in message
+    for content in ("".join(lines) + "\n", b"\xef\xbb\xbf" + "".join(lines).encode()):
+        prepare(
+            sources["ark"], tmp_path / "again", *options, write(utt2spk, content), "--overwrite"
+        )
+        assert contents(tmp_path / "again", "prepared.json") == contents(
+            tmp_path / "ark", "prepared.json"
+        )
+
+
+def test_a_speaker_is_never_guessed(tmp_path, refused, sources):
+    flat = write(tmp_path / "flat" / "84-1.wav", b"not even read").parent
+    ark = write(tmp_path / "kaldi" / "feats.ark", sources["ark"].read_bytes())
+    for source, place in [(flat, flat / "84-1.wav"), (ark, ark), ("-", "-")]:
+        message = refused(source, tmp_path / "out", "--cmvn", "speaker")
+        assert f"error: {place}: " in message
+        assert "--utt2spk" in message and "--cmvn utterance" in message
+        assert not (tmp_path / "out").exists()
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, prepare, sources, monkeypatch):
@@ -242,6 +271,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, prepare, sources, 
     ids = [f"s{i % 3}-{i}" for i in np.random.default_rng(0).permutation(100)]
     many = {utt: FRAMES["84-1-0000"][:5] + number for number, utt in enumerate(ids)}
     kaldi_dump, flac = write(tmp_path / "many", dump(many)), sources["flac"]
+    write(tmp_path / "utt2spk", "".join(f"{utt} {utt[:2]}\n" for utt in ids))
     for source, cmvn in [(kaldi_dump, "none"), (kaldi_dump, "speaker"), (flac, "global")]:
         folders = [tmp_path / f"{source.name}-{cmvn}-{number}" for number in (1, 3)]
         for folder, num_workers in zip(folders, (1, 3)):
@@ -303,9 +333,61 @@ def test_another_sampling_rate(tmp_path, prepare):
     samples = speech(0.5, rate=48000)
     (tmp_path / "in").mkdir()
     soundfile.write(tmp_path / "in" / "a.wav", samples, 48000)
-    prepare(tmp_path / "in", tmp_path / "out", "--cmvn", "none", "--sample_rate", 48000)
-    settings = audio.fbank_settings({"sample_rate": 48000})
-    assert_holds(tmp_path / "out", {"a": audio.fbank(samples.astype(np.float32), settings)})
+    options = ["--cmvn", "none", "--num_mel_bins", 40]
+    prepare(tmp_path / "in", tmp_path / "out", *options, "--sample_rate", 48000)
+    settings = fbank_settings({"sample_rate": 48000, "num_mel_bins": 40})
+    assert_holds(tmp_path / "out", {"a": fbank(samples.astype(np.float32), settings)})
+    prepared = json.loads((tmp_path / "out" / "prepared.json").read_text())
+    assert prepared["mel_dim"] == prepared["fbank"]["num_mel_bins"] == 40
+
+    stereo = np.stack([np.zeros_like(samples), samples], axis=1)
+    soundfile.write(tmp_path / "in" / "a.wav", stereo, 48000)
+    prepare(tmp_path / "in", tmp_path / "16k", *options, "--resample", "--channel", 1)
+    half = fbank(
+        soxr.resample(samples.astype(np.float32), 48000, 16000),
+        fbank_settings({"num_mel_bins": 40}),
+    )
+    assert_holds(tmp_path / "16k", {"a": half}, atol=1e-3)
+
+
+# Long utterances ----------------------------------------------------------------------------------
+
+
+def test_what_is_beyond_max_seq_len_becomes_further_utterances(tmp_path, prepare, refused, sources):
+    whole = normalised(FRAMES, GROUPS["speaker"])
+    split = {}
+    for utt, frames in whole.items():
+        for number, start in enumerate(range(0, len(frames), MAX_SEQ_LEN)):
+            split[f"{utt}_{number:05d}" if number else utt] = frames[start : start + MAX_SEQ_LEN]
+    assert len(split) > len(whole)
+    for name in ("flac", "scp"):
+        options = ["--cmvn", "speaker", "--long_utterances", "split"]
+        printed = prepare(sources[name], tmp_path / name, *options)
+        assert f"{len(split)} utterances" in printed and " 0 frames beyond" in printed
+        assert_holds(tmp_path / name, split, atol=1e-5)
+    ids = write(tmp_path / "ids", dump({"a": FRAMES["84-1-0001"], "a_00001": FRAMES["84-1-0000"]}))
+    assert "a_00001 occurs twice" in refused(ids, tmp_path / "out", "--long_utterances", "split")
+
+
+def test_a_long_recording_goes_through_in_little_memory(tmp_path):
+    """Half an hour takes no more than three minutes do, and less than its samples alone."""
+    peaks = []
+    for minutes in (3, 30):
+        path, out = tmp_path / f"{minutes}" / "a.flac", tmp_path / f"out-{minutes}"
+        path.parent.mkdir()
+        with soundfile.SoundFile(path, "w", RATE, 1) as file:
+            for _ in range(minutes):
+                file.write(np.tile(SPEECH["84-1-0000"][:8000], 120))
+        code = "import prepare_data, resource, sys; prepare_data.main(sys.argv[1:]); "
+        code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        argv = ["--librispeech_from_audio", path, "--save_dir", out, "--num_workers", 1]
+        argv += ["--cmvn", "utterance", "--long_utterances", "split"]
+        command = [sys.executable, "-c", code, *map(str, argv)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        peaks.append(int(done.stdout.split()[-1]) << 10)
+        lengths = pickle.loads((out / "lengths.pkl").read_bytes())
+        assert sum(lengths.values()) == minutes * 6000 - 2 and "a_00001.pt" in lengths
+    assert peaks[1] - peaks[0] < 15e6 < 30 * 60 * RATE * 2
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -319,7 +401,12 @@ def test_bad_flags(tmp_path, run, sources):
         ("ark", "--max_seq_len", 10**7 + 1),
         ("ark", "--num_workers", "0"),
         ("ark", "--num_workers", "1025"),
-        ("ark", "--skip_bad"),
+        *[("ark", f"--{name}") for name in ("resample", "ids_from_paths")],
+        ("ark", "--channel", 0),
+        ("ark", "--num_mel_bins", 40),
+        ("wav", "--num_mel_bins", 0),
+        ("wav", "--channel", "-1"),
+        ("wav", "--long_utterances", "drop"),
         ("ark", "--utt2spk", "utt2spk"),
         ("wav", "--utt2spk", "utt2spk", "--cmvn", "utterance"),
         ("wav", "--cmvn", "everything"),
@@ -359,6 +446,34 @@ def test_bad_features_are_refused_by_line_and_utterance(tmp_path, refused):
     assert not (tmp_path / "utB.pt").exists(), "an id left the folder"
 
 
+def test_bad_matrices_are_refused_or_skipped(tmp_path, prepare, refused):
+    """Of each kind of source; what damages the framing is fatal in any case."""
+    good = {utt: FRAMES[utt] for utt in FEW}
+    bad = {"empty": np.zeros((0, 80), np.float32), "nan": np.full((3, 80), np.nan, np.float32)}
+    mixed = {FEW[0]: good[FEW[0]], **bad, FEW[1]: good[FEW[1]], FEW[2]: good[FEW[2]]}
+    kaldiio.save_ark(str(tmp_path / "a.ark"), mixed, scp=str(tmp_path / "a.scp"))
+    kaldiio.save_ark(str(tmp_path / "text.ark"), mixed, text=True)
+    text = (tmp_path / "text.ark").read_text()
+    write(tmp_path / "text.ark", re.sub(r"empty .*\n", "empty  [\n]\n", text))
+    write(tmp_path / "dump", dump(mixed))
+    for name in ("a.ark", "a.scp", "text.ark", "dump"):
+        out = tmp_path / f"{name}-out"
+        assert "utterance empty: " in refused(tmp_path / name, out)
+        printed = prepare(tmp_path / name, out, "--skip_bad", num_workers=2)
+        assert "3 utterances" in printed and "2 utterances were skipped" in printed
+        assert_holds(out, good, others=["skipped.txt"], atol=1e-5)
+        lines = (out / "skipped.txt").read_text().splitlines()
+        assert len(lines) == 2
+        assert "utterance empty: " in lines[0] and "utterance nan: " in lines[1]
+    cut = write(tmp_path / "cut.ark", (tmp_path / "a.ark").read_bytes()[:-1])
+    assert "truncated" in refused(cut, tmp_path / "out", "--skip_bad")
+    stats = {"84": np.vstack([np.r_[np.ones(80) * 5, 40.0], np.r_[np.ones(80) * 9, 0.0]])}
+    for text in (False, True):
+        kaldiio.save_ark(str(tmp_path / "cmvn.ark"), stats, text=text)
+        message = refused(tmp_path / "cmvn.ark", tmp_path / "out", "--skip_bad")
+        assert "utterance 84: " in message and "CMVN statistics" in message
+
+
 def spoil(folder):
     """Write audio files that cannot be used -> {start of the name: what is wrong with it}."""
     folder.mkdir()
@@ -370,20 +485,16 @@ def spoil(folder):
     soundfile.write(folder / "nan.wav", np.full(900, np.nan), RATE, subtype="FLOAT")
     write(folder / "text.wav", "no sound at all\n" * 40)
     write(folder / "empty.flac", "")
-    write(folder / "103-4-0000.flac", "")  # the id of a good file
-    write(Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.wav")), "")  # in Latin-1
     (folder / "link.wav").symlink_to("nowhere.wav")
     os.mkfifo(folder / "pipe.wav")  # not waited for
     return {
         "cut.flac": "decoded|truncated",
-        "rate.wav": "8000 .*16000 .*sox",
-        "stereo.wav": "2 channels",
+        "rate.wav": "8000 .*16000 .*--resample",
+        "stereo.wav": "2 channels.*--channel",
         "short.wav": "399 samples.*400",
         "nan.wav": "NaN",
         "text.wav": "decoded",
         "empty.flac": "decoded",
-        "103-4-0000.flac": "two files",
-        "caf": "file name",
         "link.wav": "No such file",
         "pipe.wav": "not a regular file",
     }
@@ -393,6 +504,7 @@ def test_bad_audio_is_refused_by_name_or_skipped(tmp_path, prepare, refused):
     source, out = save_speech(tmp_path / "in"), tmp_path / "out"
     bad = spoil(tmp_path / "in" / ".bad")  # hidden: not looked into
     (source / "sub").mkdir()
+    others = ("prepared.json", "skipped.txt", "left_out.txt")
     for path in sorted((source / ".bad").iterdir()):
         name = next(name for name in bad if path.name.startswith(name))
         path.rename(source / "sub" / path.name)
@@ -401,8 +513,9 @@ def test_bad_audio_is_refused_by_name_or_skipped(tmp_path, prepare, refused):
         assert not (out / "lengths.pkl").exists()
         (source / "sub" / path.name).rename(path)
     prepare(source, out, "--skip_bad")  # there is nothing to skip
-    assert_holds(out, normalised(FRAMES, GROUPS["speaker"]), atol=1e-5)
-    whole = contents(out, "prepared.json")
+    assert_holds(out, normalised(FRAMES, GROUPS["speaker"]), atol=1e-5, others=["left_out.txt"])
+    assert (out / "left_out.txt").read_text() == f"{source}/.bad: hidden\n"
+    whole = contents(out, *others)
 
     (source / ".bad").rename(source / "bad")
     printed = prepare(source, out, "--skip_bad", "--overwrite", num_workers=3)
@@ -413,16 +526,21 @@ def test_bad_audio_is_refused_by_name_or_skipped(tmp_path, prepare, refused):
         (line,) = [line for line in lines if f"bad/{name}" in line]
         assert re.search(reason, line), line
     # What is left is as if there had been nothing else: no bad file is in any statistics.
-    assert contents(out, "prepared.json", "skipped.txt") == whole
+    assert contents(out, *others) == whole
+    # A good file is never dropped for its name.
+    twice = write(source / "bad" / "103-4-0000.flac", b"")
+    assert "two files" in refused(source, tmp_path / "twice", "--skip_bad")
+    twice.unlink()
 
     (source / "bad").rename(source / ".bad")
     prepare(source, out, "--skip_bad", "--overwrite")
-    assert contents(out, "prepared.json") == whole, "the list outlives its run"
+    assert contents(out, *others) == whole
+    assert not (out / "skipped.txt").exists(), "the list outlives its run"
 
 
 def test_all_audio_bad_is_an_error(tmp_path, refused):
     for name in ("a.wav", "b.flac"):
-        write(tmp_path / "in" / name, b"nothing")
+        write(tmp_path / "in" / "speaker" / name, b"nothing")
     for options in ([], ["--skip_bad"]):
         assert "a.wav" in refused(tmp_path / "in", tmp_path / "out", *options)
         assert not (tmp_path / "out" / "lengths.pkl").exists()
@@ -441,7 +559,7 @@ def test_what_is_wrong_at_the_start_costs_no_finished_set(tmp_path, refused, sou
         (write(tmp_path / "empty", ""), "empty"),
         (write(tmp_path / "binary", bytes(99)), "binary"),
         (write(tmp_path / "nan", "utA\n1 nan\n.\n"), "nan:2"),
-        (tmp_path / "folder", "no .flac or .wav file"),
+        (tmp_path / "folder", "no audio file"),
         (sources["wav"], "--sample_rate", 8000, "16000 Hz, expected 8000"),
         (sources["few_and_bad"], "103-0.wav"),
         (sources["wav"], "--utt2spk", tmp_path / "gone", "gone"),

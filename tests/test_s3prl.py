@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import Hostile, speech
 from processes import error_line, snapshot
-from test_audio import PREPARED, reference_fbank, write
+from test_audio import write
+from test_fbank import PREPARED, reference_fbank
 from test_load_pretrained import assert_same_outputs, refusal, save_model
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
