@@ -320,6 +320,7 @@ def test_wrong_flags_are_refused_by_the_parser(tmp_path, call_main):
         (["--load_data_workers=-1"], "--load_data_workers"),
         (["--residual", "--no_residual"], "--no_residual"),
         (["--utt2spk", "x"], "--audio"),
+        *[([flag], "--audio") for flag in ("--resample", "--ids_from_paths", "--channel=0")],
         (["--audio", "x"], "--data_dir"),
         (["--format", "ark", "--resume"], "resume"),
         (["--format", "ark", "--layer", "all"], "--layer all"),
@@ -690,6 +691,36 @@ def test_utt2spk(tmp_path, extract, features, recordings, trained):
     table.unlink()
     refused(extract(checkpoint, recordings, out, *options), table)
     assert not out.exists()
+
+
+def test_speakers_are_known_or_asked_for_as_in_preparing(tmp_path, extract, trained):
+    """Data directories, other rates and channels too."""
+    checkpoint, _ = trained["speaker"]
+    flat, stereo = tmp_path / "flat", tmp_path / "stereo"
+    sounds = [speech(0.5, seed, 48000) for seed in (0, 1)]
+    for name, sound in zip(("a.wav", "b.wav"), sounds):
+        write_sound(flat / name, speech(0.5))
+        write_sound(stereo / "anna" / name, np.stack([0 * sound, sound], axis=1), 48000)
+    refused(extract(checkpoint, flat, tmp_path / "out", "--audio"), "--utt2spk", "--cmvn utterance")
+    result = extract(checkpoint, flat / "a.wav", tmp_path / "one", "--audio")
+    assert "a.wav: is taken as a speaker of its own" in succeeded(result).stderr
+
+    options = ["--resample", "--channel", 1, "--ids_from_paths"]
+    refused(extract(checkpoint, stereo, tmp_path / "out", "--audio"), "--resample", "--channel")
+    succeeded(extract(checkpoint, stereo, tmp_path / "stereo-out", "--audio", *options))
+    uncut = prepare(stereo, tmp_path / "uncut", *options)
+    succeeded(extract(checkpoint, uncut, tmp_path / "uncut-out"))
+    assert_close(read(tmp_path / "stereo-out"), read(tmp_path / "uncut-out"))
+    assert sorted(read(tmp_path / "stereo-out")) == ["anna-a", "anna-b"]
+
+    recording = write_sound(tmp_path / "call.wav", np.concatenate([speech(0.5), speech(0.5, 1)]))
+    (tmp_path / "wav.scp").write_text(f"call {recording}\n")
+    (tmp_path / "segments").write_text("one call 0 0.5\ntwo call 0.5 1\n")
+    (tmp_path / "utt2spk").write_text("one x\ntwo x\n")
+    succeeded(extract(checkpoint, tmp_path, tmp_path / "call-out", "--audio"))
+    uncut = prepare(tmp_path, tmp_path / "call-uncut")
+    succeeded(extract(checkpoint, uncut, tmp_path / "call-uncut-out"))
+    assert_close(read(tmp_path / "call-out"), read(tmp_path / "call-uncut-out"))
 
 
 def test_bad_audio_is_refused_before_anything_is_written(tmp_path, extract, recordings, trained):
