@@ -79,12 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_residual_flags(parser)
     source = parser.add_argument_group("speech, one of").add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", metavar="DIR", help="folder from prepare_data.py")
-    source.add_argument("--audio", metavar="PATH", help="file, folder or Kaldi data directory")
-    audio.add_flags(parser)
-    default = "the first folder below PATH is the speaker"
-    parser.add_argument(
-        "--utt2spk", metavar="FILE", help=f"Kaldi's, for models with speaker CMVN ({default})"
+    source.add_argument(
+        "--audio", metavar="DIR", help="a folder, a Kaldi data directory, or a file"
     )
+    audio.add_flags(parser)
     add = parser.add_argument_group("features").add_argument
     add("--save_dir", required=True, metavar="DIR", help="folder for the features")
     layer = "last, all, mean, a number from 0 (the lowest) or a list like 0,2"

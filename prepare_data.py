@@ -75,8 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
         "features, which the original's authors had normalised)",
     )
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
-    default = "the one beside the source; for audio, the first folder below DIR is the speaker"
-    add("--utt2spk", metavar="FILE", help=f"Kaldi's, for --cmvn speaker (default: {default})")
     add("--as_s3prl", action="store_true", help="audio: fbank and CMVN exactly as in s3prl")
     add("--sample_rate", type=positive, default=16000, help="of the features, Hz")
     add("--num_mel_bins", type=positive, default=80, help="mel_dim, of features from audio")

@@ -97,8 +97,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows flags' defaults, where they have one."""
 
     def _get_help_string(self, action):
-        has_default = action.default is not None and action.const is not False  # not for --no_...
-        return super()._get_help_string(action) if has_default else action.help
+        is_switch = action.nargs == 0
+        return (
+            action.help if action.default is None or is_switch else super()._get_help_string(action)
+        )
 
 
 def positive(text: str, least: int = 1) -> int:

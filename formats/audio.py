@@ -44,11 +44,13 @@ class Recording(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags on audio that prepare_data.py and extract_features.py share."""
-    add = parser.add_argument_group("audio").add_argument
+    """The flags on audio and speakers that prepare_data.py and extract_features.py share."""
+    add = parser.add_argument_group("speakers and audio").add_argument
+    default = "the one in a data directory or beside feats.scp, or the first folder below DIR"
+    add("--utt2spk", metavar="FILE", help=f"Kaldi's, for CMVN by speaker (default: {default})")
     add("--ids_from_paths", action="store_true", help="ids are paths below DIR, joined with '-'")
     add("--resample", action="store_true", help="convert other sampling rates, by soxr")
-    add("--channel", type=not_negative, metavar="K", help="of several, from 0")
+    add("--channel", type=not_negative, metavar="K", help="which of several, from 0")
 
 
 # Finding files and speakers -----------------------------------------------------------------------
