@@ -2,6 +2,7 @@
 
     python benchmarks/prepare_audio.py
     python benchmarks/prepare_audio.py --format wav
+    python benchmarks/prepare_audio.py --format mp3      # of 48 kHz, resampled
 
 prepare_data.py decodes files, computes the features, normalises them by speaker and writes padded
 tensors. The other side computes the features of samples that are in memory already, and drops them.
@@ -32,15 +33,15 @@ def build_parser():
     )
     add = parser.add_argument
     add("--utterances", type=int, default=600, help="of 12 seconds")
-    add("--format", choices=["flac", "wav"], default="flac", help="of the files")
+    add("--format", choices=["flac", "wav", "mp3"], default="flac", help="of the files")
     add("--rounds", type=int, default=3, help="rounds, of which the best counts")
     add("--work_dir", metavar="DIR", help="for the files (default: the system's temporary folder)")
     return parser
 
 
-def speech_like(random):
+def speech_like(random, rate):
     """Syllables of filtered noise, int16: it compresses about as well as speech does."""
-    time = np.arange(SECONDS * RATE) / RATE
+    time = np.arange(SECONDS * rate) / rate
     noise = np.convolve(random.standard_normal(len(time)), np.hanning(24), "same")
     loudness = np.sin(2 * np.pi * (3 + random.random()) * time).clip(0.01) ** 2
     return (noise * loudness * 600).clip(-32768, 32767).astype(np.int16)
@@ -65,7 +66,8 @@ def main():
     common.start()
     random = np.random.default_rng(0)
     global SAMPLES  # forked processes have them without their being sent
-    signals = [speech_like(random) for _ in range(20)]
+    rate = 48000 if args.format == "mp3" else RATE
+    signals = [speech_like(random, RATE) for _ in range(20)]
     SAMPLES = [signal.astype(np.float32) for signal in signals]
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         source = os.path.join(folder, "audio")
@@ -73,7 +75,8 @@ def main():
             os.makedirs(os.path.join(source, f"{speaker}"))
         files = [os.path.join(folder, f"{i}.{args.format}") for i in range(len(signals))]
         for file, signal in zip(files, signals):
-            soundfile.write(file, signal, RATE, subtype="PCM_16")
+            signal = signal if rate == RATE else speech_like(random, rate)
+            soundfile.write(file, signal, rate)
         for number in range(args.utterances):
             path = os.path.join(source, f"{number % 10}", f"{number:05d}.{args.format}")
             os.link(files[number % len(files)], path)
@@ -86,7 +89,7 @@ def main():
             for i in range(args.rounds):
                 alone.append(common.clock(partial(pool.map, part_alone, chunks, 1)))
                 save_dir = os.path.join(folder, f"tensors{i}")
-                flags = ["--librispeech_from_audio", source, "--save_dir", save_dir]
+                flags = ["--librispeech_from_audio", source, "--save_dir", save_dir, "--resample"]
                 os.sync()  # prepare_data.py syncs at its end, and must not wait for others' bytes
                 with common.quiet():
                     ours.append(common.clock(partial(prepare_data.main, flags)))
