@@ -344,5 +344,5 @@ def _loading_error(error):
     # A worker's error comes as the text of its traceback, which ends with the message.
     last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, UserError):
-        return UserError(last_line.removeprefix("utils.UserError: "))
+        return UserError(last_line.removeprefix(f"utils.{type(error).__name__}: "))
     return UserError(f"a process that loads data cannot go on: {last_line}")
