@@ -221,21 +221,6 @@ def open_save_dir(args: argparse.Namespace) -> None:
         os.remove(os.path.join(save_dir, name))
 
 
-def finish(
-    save_dir: str, prepared: dict, lengths: dict[str, int], lists: dict[str, list[str]]
-) -> None:
-    """Write what makes a folder of tensors a finished set: lists of text, and lengths.pkl last."""
-    for name, lines in lists.items():
-        if lines:
-            with atomic_write(os.path.join(save_dir, name)) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
-    write_json(prepared, os.path.join(save_dir, "prepared.json"))
-    if hasattr(os, "sync"):  # a crash of the machine must not leave lengths.pkl without its tensors
-        os.sync()
-    with atomic_write(os.path.join(save_dir, "lengths.pkl")) as file:
-        pickle.dump(lengths, file, protocol=4)
-
-
 # The two passes -----------------------------------------------------------------------------------
 
 
@@ -377,58 +362,81 @@ def second_pass(utterances: Set, args: argparse.Namespace, options: dict) -> Non
             bar.update(count)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    source = open_source(args)
-    open_save_dir(args)
-    prepared = {
+# All of it ----------------------------------------------------------------------------------------
+
+
+def how_it_is_made(args: argparse.Namespace, source: Source) -> dict:
+    """What prepared.json says."""
+    return {
         "source": "audio" if source.fbank else "kaldi",
         "path": args.librispeech_from_audio or args.librispeech_from_kaldi,
         "fbank": source.fbank,
         "cmvn": args.cmvn,
         "norm_vars": args.norm_vars,
+        **({"unbiased_vars": True} if args.as_s3prl else {}),
         "utt2spk": args.utt2spk,
         "mel_dim": None,
         "max_seq_len": args.max_seq_len,
         "long_utterances": args.long_utterances,
         "version": __version__,
     }
-    if args.as_s3prl:
-        prepared["unbiased_vars"] = True
-    _, options = cmvn_settings(prepared)
-    write_json(prepared, os.path.join(args.save_dir, "prepared.json"))
+
+
+def announce(args: argparse.Namespace, source: Source) -> None:
     speakers = sorted(set(source.utt2spk.values()))
     print(
-        f"preparing {prepared['path']} ({source.name}), CMVN: {args.cmvn}"
-        f"{f' ({len(speakers)} of them: {speakers[0]}, ...)' if speakers else ''}"
-        f"{', mean and variance' if args.norm_vars else ''}, tensors of {args.max_seq_len} "
-        f"frames, {args.num_workers} processes -> {args.save_dir}"
+        f"preparing {args.librispeech_from_audio or args.librispeech_from_kaldi} ({source.name}), "
+        f"CMVN: {args.cmvn}{f' ({len(speakers)} of them: {speakers[0]}, ...)' if speakers else ''}"
+        f"{', mean and variance' if args.norm_vars else ''}, tensors of {args.max_seq_len} frames, "
+        f"{args.num_workers} processes -> {args.save_dir}"
     )
+
+
+def finish(args: argparse.Namespace, source: Source, prepared: dict, utterances: Set) -> None:
+    """Write what makes a folder of tensors a finished set, lengths.pkl last, and sum it up."""
+    save_dir, left_out, skipped = args.save_dir, source.left_out, utterances.skipped
+    lengths = {f"{utt_id}.pt": length for utt_id, length in utterances.lengths.items()}
+    prepared["mel_dim"] = utterances.mel_dim
+    if args.cmvn == "global":  # a model trained on it needs them for new speech
+        prepared["cmvn_stats"] = utterances.stats["all"].tolist()
+    for name, lines in {"skipped.txt": skipped, "left_out.txt": left_out}.items():
+        if lines:
+            with atomic_write(os.path.join(save_dir, name)) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+    write_json(prepared, os.path.join(save_dir, "prepared.json"))
+    if hasattr(os, "sync"):  # a crash of the machine must not leave lengths.pkl without its tensors
+        os.sync()
+    with atomic_write(os.path.join(save_dir, "lengths.pkl")) as file:
+        pickle.dump(lengths, file, protocol=4)
+
+    total, speakers = utterances.num_frames, set(utterances.group_of.values())
+    print(
+        f"{save_dir}: {len(lengths)} utterances, "
+        f"{f'{len(speakers)} speakers, ' if args.cmvn == 'speaker' else ''}"
+        f"{total} frames ({total / 360000:.2f} h at 10 ms), mel_dim {utterances.mel_dim}; "
+        f"{total - sum(lengths.values())} frames beyond max_seq_len were cut, {len(skipped)} "
+        f"{'files' if source.fbank else 'utterances'} were skipped"
+        f"{' (skipped.txt)' if skipped else ''}"
+    )
+    if left_out:
+        counts = audio.count_left_out(left_out)
+        print(f"left out of {prepared['path']}: {counts} (left_out.txt)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    source = open_source(args)
+    open_save_dir(args)
+    prepared = how_it_is_made(args, source)
+    _, options = cmvn_settings(prepared)
+    write_json(prepared, os.path.join(args.save_dir, "prepared.json"))
+    announce(args, source)
     utterances = first_pass(source, args, options)
     if not utterances.lengths:
         raise UserError(f"{prepared['path']}: no utterance is left: {utterances.skipped[0]}")
     if args.cmvn in ("speaker", "global"):
         second_pass(utterances, args, options)
-    prepared["mel_dim"] = utterances.mel_dim
-    if args.cmvn == "global":  # a model trained on it needs them for new speech
-        prepared["cmvn_stats"] = utterances.stats["all"].tolist()
-    lengths = {f"{utt_id}.pt": length for utt_id, length in utterances.lengths.items()}
-    lists = {"skipped.txt": utterances.skipped, "left_out.txt": source.left_out}
-    finish(args.save_dir, prepared, lengths, lists)
-    total, speakers = utterances.num_frames, set(utterances.group_of.values())
-    print(
-        f"{args.save_dir}: {len(lengths)} utterances, "
-        f"{f'{len(speakers)} speakers, ' if args.cmvn == 'speaker' else ''}"
-        f"{total} frames ({total / 360000:.2f} h at 10 ms), mel_dim {utterances.mel_dim}; "
-        f"{total - sum(lengths.values())} frames beyond max_seq_len were cut, "
-        f"{len(utterances.skipped)} {'files' if source.fbank else 'utterances'} were skipped"
-        f"{' (skipped.txt)' if utterances.skipped else ''}"
-    )
-    if source.left_out:
-        print(
-            f"left out of {prepared['path']}: {audio.count_left_out(source.left_out)} "
-            "(left_out.txt)"
-        )
+    finish(args, source, prepared, utterances)
 
 
 if __name__ == "__main__":
