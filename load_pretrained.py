@@ -319,18 +319,13 @@ def main(argv: list[str] | None = None) -> None:
     model, config = load_with_config(args.checkpoint, residual=args.residual)
     for name, value in ({"checkpoint": args.checkpoint} | describe(model)).items():
         print(f"{name + ':':14}{value}")
+    if not (args.to_s3prl or args.to_onnx or args.to_state_dict):
+        return
+    data = training_data(config, args.checkpoint)
     made = []  # (function that writes, what, path): nothing is written before all is made
-    data = None
-    if args.to_s3prl or args.to_onnx or args.to_state_dict:
-        data = training_data(config, args.checkpoint)
     if args.to_s3prl:
-        try:
-            dropout = float(config.get("rnn_dropout") or 0)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{args.checkpoint}: config.json: rnn_dropout is {config['rnn_dropout']!r}"
-            ) from None
-        made.append((save, to_s3prl(model, data or {}, dropout), args.to_s3prl))
+        exported = to_s3prl(model, data or {}, config.get("rnn_dropout", 0))
+        made.append((save, exported, args.to_s3prl))
     if args.to_onnx:
         about = {"mel_dim": model.mel_dim, "time_shift": config.get("time_shift"), "data": data}
         made.append((write_bytes, to_onnx(model, about), args.to_onnx))
@@ -341,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
         made.append((save, model.state_dict(), args.to_state_dict))
         made.append((write_json, config | about, config_path))
-    paths = [os.path.abspath(path) for *_, path in made]
+    paths = [os.path.abspath(path) for _, _, path in made]
     for path in paths:
         if os.path.exists(path) or paths.count(path) > 1:
             raise UserError(f"{path}: exists already, or is named twice: choose another name")
