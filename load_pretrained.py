@@ -5,6 +5,7 @@
 
     python load_pretrained.py bs32-rhl3-rhs512-rd0-adam-res-ts3.pt
     python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_s3prl foo.ckpt
+    python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_onnx foo.onnx
 
 Reads bare state dicts, as train.py and the original release write them, train.py's last.ckpt, the
 checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt) and of NPC's APC, with or without their
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from apc_model import APCModel
 from formats.fbank import CMVN_KINDS, fbank_settings
+from formats.onnx import to_onnx
 from formats.s3prl import from_s3prl, rename_s3prl, to_s3prl
 from utils import (
     HelpFormatter,
@@ -30,6 +32,7 @@ from utils import (
     RNNConfig,
     UserError,
     __version__,
+    atomic_write,
     is_plain,
     load,
     read_json,
@@ -259,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_residual_flags(parser)
     add = parser.add_argument_group("conversion").add_argument
     add("--to_s3prl", metavar="OUT", help="write it for s3prl's apc_local upstream")
+    add("--to_onnx", metavar="OUT", help="write it for ONNX Runtime, as it streams")
     add("--to_state_dict", metavar="OUT", help="write bare weights, and config.json beside them")
     return parser
 
@@ -304,40 +308,43 @@ def summary(model: APCModel) -> str:
     return ", ".join(f"{name} {value}" for name, value in describe(model).items())
 
 
+def write_bytes(content: bytes, path: str) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     setup_logging()
     model, config = load_with_config(args.checkpoint, residual=args.residual)
     for name, value in ({"checkpoint": args.checkpoint} | describe(model)).items():
         print(f"{name + ':':14}{value}")
-    outs = [args.to_s3prl] if args.to_s3prl else []
-    if args.to_state_dict:
-        config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
-        outs += [args.to_state_dict, config_path]
-    for out in outs:
-        if os.path.exists(out) or len({os.path.abspath(path) for path in outs}) < len(outs):
-            raise UserError(f"{out}: exists already, or is named twice: choose another name")
-    data = training_data(config, args.checkpoint) if outs else None
-    if args.to_s3prl:  # before anything is written: it may be impossible
-        try:
-            dropout = float(config.get("rnn_dropout") or 0)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{args.checkpoint}: config.json: rnn_dropout is {config['rnn_dropout']!r}"
-            ) from None
-        exported = to_s3prl(model, data or {}, dropout)
-    for out in outs:
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    if not (args.to_s3prl or args.to_onnx or args.to_state_dict):
+        return
+    data = training_data(config, args.checkpoint)
+    made = []  # (function that writes, what, path): nothing is written before all is made
     if args.to_s3prl:
-        save(exported, args.to_s3prl)
-        print(f"written for s3prl: {args.to_s3prl}")
+        exported = to_s3prl(model, data or {}, config.get("rnn_dropout", 0))
+        made.append((save, exported, args.to_s3prl))
+    if args.to_onnx:
+        about = {"mel_dim": model.mel_dim, "time_shift": config.get("time_shift"), "data": data}
+        made.append((write_bytes, to_onnx(model, about), args.to_onnx))
     if args.to_state_dict:
-        save(model.state_dict(), args.to_state_dict)
         about = {"state_dict": os.path.basename(args.to_state_dict), "version": __version__}
         if data:  # with every option in force
             about["data"] = [data, *config["data"][1:]]
-        write_json(config | about, config_path)
-        print(f"written: {args.to_state_dict} and {config_path}")
+        config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
+        made.append((save, model.state_dict(), args.to_state_dict))
+        made.append((write_json, config | about, config_path))
+    paths = [os.path.abspath(path) for _, _, path in made]
+    for path in paths:
+        if os.path.exists(path) or paths.count(path) > 1:
+            raise UserError(f"{path}: exists already, or is named twice: choose another name")
+    for path in paths:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    for write, value, path in made:
+        write(value, path)
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What others write: Kaldi's tables, audio files, s3prl's checkpoints."""
+"""What others write and read: Kaldi's tables, audio files, s3prl's checkpoints, ONNX."""

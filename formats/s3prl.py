@@ -116,6 +116,8 @@ def to_s3prl(model: APCModel, data: dict, dropout: float) -> dict:
     Raises:
         UserError: s3prl has no such model.
     """
+    if not isinstance(dropout, int | float):
+        raise UserError(f"config.json: rnn_dropout is {dropout!r}, expected a number")
     fbank = fbank_settings({"num_mel_bins": model.mel_dim} | (data.get("fbank") or {}))
     refuse_what_s3prl_lacks(model, fbank)
     cmvn = choose_cmvn(data, fbank)

@@ -1,0 +1,143 @@
+"""A trained model as ONNX: features while speech comes in, without PyTorch.
+
+    inputs:  chunk (B, T, D), the next T >= 1 frames; state (S, B, H), zeros at the start
+    outputs: predicted_mel (B, T, D), internal_reps (L, B, T, H), new_state (S, B, H)
+
+As in APCModel.stream(), but the layers' states are stacked: S is L for a GRU, and 2 L for an LSTM,
+whose cells come last. B and T are free.
+
+The graph is written out here. torch.onnx.export's older exporter is deprecated; the newer one wants
+another package and, as of torch 2.13, writes the T of its example into the outputs' shapes.
+"""
+
+import json
+
+import numpy as np
+import torch
+
+from apc_model import APCModel
+from utils import UserError
+
+GATES = {"GRU": [1, 0, 2], "LSTM": [0, 3, 1, 2]}  # PyTorch's, in the order of ONNX's
+STATES = {"GRU": "h", "LSTM": "hc"}  # of a layer
+TOLERANCE = 1e-5
+MOST_BYTES = 2**31 - 2**20  # protobuf's limit, less room for all that is not weights
+
+
+def to_onnx(model: APCModel, about: dict) -> bytes:
+    """A model in eval mode -> the .onnx file, checked to compute what the model does.
+
+    Args:
+        model: the model, on the CPU.
+        about: what the file says of it: its metadata, each value as JSON.
+
+    Raises:
+        UserError: a package is missing, the model is too large, or outputs differ.
+    """
+    try:
+        import onnx  # the package, not this module
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"--to_onnx needs {error.name}: pip install -r requirements-onnx.txt"
+        ) from None
+    if sum(weight.nbytes for weight in model.parameters()) > MOST_BYTES:
+        raise UserError("an .onnx file cannot hold this model: its weights take 2 GiB or more")
+    text, tensors = graph(model)
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(value, name) for name, value in tensors.items()
+    )
+    onnx.helper.set_model_props(proto, {name: json.dumps(about[name]) for name in about})
+    content = proto.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # several spin, and are slow on a busy machine
+    difference = largest_difference(onnxruntime.InferenceSession(content, options), model)
+    if not difference <= TOLERANCE:  # NaN, too
+        raise UserError(f"ONNX Runtime's outputs differ from this model's by {difference:g}")
+    return content
+
+
+def graph(model: APCModel) -> tuple[str, dict[str, np.ndarray]]:
+    """A model -> its network in ONNX's text format, and the tensors that are named there."""
+    kind = type(model.rnns[0]).__name__
+    mel_dim, hidden_size, num_layers = model.mel_dim, model.rnns[0].hidden_size, len(model.rnns)
+    states = [f"{name}{i}" for name in STATES[kind] for i in range(num_layers)]
+    tensors = {"zero": np.array([0]), "one": np.array([1])}
+    reps = []
+    lines = [
+        "frames = Transpose <perm = [1, 0, 2]> (chunk)",  # (T, B, D)
+        f"{', '.join(states)} = Split <axis = 0, num_outputs = {len(states)}> (state)",  # (1, B, H)
+    ]
+
+    def linear(name, layer, x):
+        tensors[f"{name}_weight"] = layer.weight.detach().flatten(1).T.numpy()
+        tensors[f"{name}_bias"] = layer.bias.detach().numpy()
+        lines.append(f"{name}_product = MatMul ({x}, {name}_weight)")
+        lines.append(f"{name} = Add ({name}_product, {name}_bias)")  # (T, B, H or D)
+
+    x = "frames"
+    for i, layer in enumerate(model.prenet.layers if model.prenet else ()):
+        linear(f"linear{i}", layer, x)
+        x = f"relu{i}"
+        lines.append(f"{x} = Relu (linear{i})")
+    if model.prenet:
+        reps.append(x)
+    for i, rnn in enumerate(model.rnns):
+        w, r, *biases = (  # (gates * H, ...) each
+            weight.detach().unflatten(0, (-1, hidden_size))[GATES[kind]].flatten(0, 1)
+            for weight in (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
+        )
+        weights = {f"w{i}": w, f"r{i}": r, f"b{i}": torch.cat(biases)}
+        tensors |= {name: weight[None].numpy() for name, weight in weights.items()}
+        state = [f"{name}{i}" for name in STATES[kind]]
+        options = f"hidden_size = {hidden_size}"
+        if kind == "GRU":
+            options += ", linear_before_reset = 1"  # as in PyTorch
+        lines += [
+            f"y{i}, {', '.join(f'new_{name}' for name in state)} = {kind} <{options}> "
+            f"({x}, {', '.join(weights)}, , {', '.join(state)})",  # (T, 1, B, H), (1, B, H)
+            f"outputs{i} = Squeeze (y{i}, one)",  # (T, B, H)
+        ]
+        outputs = f"outputs{i}"
+        if model.rnn_residual and rnn.input_size == hidden_size:
+            outputs = f"sum{i}"
+            lines.append(f"{outputs} = Add (outputs{i}, {x})")
+        reps.append(outputs)
+        x = outputs
+    linear("postnet", model.postnet.layer, x)
+    lines += [f"stacked_{rep} = Unsqueeze ({rep}, zero)" for rep in reps]  # (1, T, B, H)
+    lines += [
+        "predicted_mel = Transpose <perm = [1, 0, 2]> (postnet)",
+        f"reps = Concat <axis = 0> ({', '.join(f'stacked_{rep}' for rep in reps)})",
+        "internal_reps = Transpose <perm = [0, 2, 1, 3]> (reps)",
+        f"new_state = Concat <axis = 0> ({', '.join(f'new_{name}' for name in states)})",
+    ]
+    state_type = f"float[{len(states)}, B, {hidden_size}]"
+    return (
+        '<ir_version: 8, opset_import: ["": 18]> '
+        f"apc (float[B, T, {mel_dim}] chunk, {state_type} state) => "
+        f"(float[B, T, {mel_dim}] predicted_mel, "
+        f"float[{len(reps)}, B, T, {hidden_size}] internal_reps, {state_type} new_state) "
+        f"{{ {' '.join(lines)} }}"
+    ), tensors
+
+
+@torch.inference_mode()
+def largest_difference(session, model: APCModel) -> float:
+    """Of ONNX Runtime's outputs, in chunks, from forward()'s; of numbers above 1, their share."""
+    num_states, _, hidden_size = session.get_inputs()[1].shape
+    differences = []
+    for batch_size, num_frames, chunk_size in ((1, 1, 1), (1, 50, 1), (3, 60, 7), (2, 70, 70)):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(batch_size, num_frames, model.mel_dim, generator=generator)
+        state, outputs = np.zeros((num_states, batch_size, hidden_size), np.float32), []
+        for chunk in inputs.split(chunk_size, dim=1):
+            *chunk_outputs, state = session.run(None, {"chunk": chunk.numpy(), "state": state})
+            outputs.append(map(torch.from_numpy, chunk_outputs))
+        predicted, reps = zip(*outputs)
+        found = torch.cat(predicted, dim=1), torch.cat(reps, dim=2)
+        expected = model(inputs, torch.full([batch_size], num_frames))
+        for ours, theirs in zip(found, expected):
+            differences.append(((ours - theirs).abs() / theirs.abs().clamp(min=1)).max())
+    return torch.stack(differences).max().item()  # NaN if one is
