@@ -38,7 +38,6 @@ class Recording(NamedTuple):
     utt_id: str
     path: str
     speaker: str | None = None  # None if that is not known
-    channel: int | None = None  # of several, from 0
     start: float = 0.0  # seconds
     end: float | None = None
 
@@ -321,7 +320,7 @@ def read_blocks(
         recording: of a whole file, or from a time in it to another.
         sample_rate: expected, Hz.
         resample: convert other rates (soxr, high quality).
-        channel: which of several channels to read, from 0; None: the recording's, if it says.
+        channel: which of several channels to read, from 0; None if there is to be one.
 
     Raises:
         BadUtterance: the file's name and what is wrong: another sampling rate, several channels,
@@ -336,19 +335,17 @@ def read_blocks(
         with open(path, "rb") as file:
             least = check_is_whole(file, path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be UTF-8
-            if channel is None:
-                channel = 0 if file.channels == 1 else recording.channel
             found, ways_out = [], []
             if file.samplerate != sample_rate and not resample:
                 found.append(f"sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz")
                 ways_out.append("--resample")
-            if channel is None:
+            if channel is None and file.channels > 1:
                 found.append(f"{file.channels} channels, expected 1")
                 ways_out.append("--channel K, from 0")
             if found:
                 ways_out = " and ".join(ways_out)
                 raise BadUtterance(f"{path}: {'; '.join(found)}: convert with {ways_out}")
-            blocks = _decode(file, recording, channel, least)
+            blocks = _decode(file, recording, channel or 0, least)
             if file.samplerate != sample_rate:
                 blocks = _resample(blocks, file.samplerate, sample_rate)
             yield from blocks

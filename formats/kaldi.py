@@ -8,7 +8,7 @@ What a file is follows from its ending and its first bytes, never from trying:
     text dump       "utt_id\\n", a line of decimals for each frame, ".\\n"  (the original release)
     text archive    "utt_id  [\\n", a line of decimals for each frame, the last ends with "]"
     binary archive  "utt_id \\0B" and a matrix of floats, doubles, or compressed
-    .scp            "utt_id file:offset" on each line
+    .scp            "utt_id file:offset" on each line, of binary archives
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -33,12 +33,8 @@ from utils import BadUtterance, UserError, check_utt_id, quote
 
 BLOCK_SIZE = 1 << 22  # bytes of text for each job
 MAX_UTTERANCE = 1 << 30  # bytes of text; without the end of an utterance in this, it is not a dump
-END_OF_UTTERANCE = {
-    ".": re.compile(rb"\n[ \t]*\.[ \t\r]*\n"),
-    "]": re.compile(rb"\][ \t\r]*\n"),
-}
+END_OF_UTTERANCE = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
 PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
-MATRIX_TYPES = (b"FM", b"DM", b"CM", b"CM2", b"CM3")
 
 
 class Utterance(NamedTuple):
@@ -47,44 +43,7 @@ class Utterance(NamedTuple):
     where: str  # for messages: "file:line"
 
 
-class _Rejoined(io.RawIOBase):
-    """Bytes that were read from a stream, and then the rest of it."""
-
-    def __init__(self, head, rest):
-        self.head = head
-        self.rest = rest
-        self.count = 0  # bytes read
-
-    def readable(self):
-        return True
-
-    def read(self, size=-1):
-        if size < 0:  # which only a damaged header asks for
-            raise ValueError(f"cannot read {size} bytes")
-        data, self.head = self.head[:size], self.head[size:]
-        if len(data) < size:
-            data += self.rest.read(size - len(data))
-        self.count += len(data)
-        return data
-
-    def readinto(self, buffer):
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def look_ahead(stream: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
-    """-> (the first bytes of a stream, the stream with them), however slowly a pipe gives them."""
-    if isinstance(stream, io.BufferedReader) and stream.seekable():  # faster than to rejoin
-        start = stream.tell()
-        head = stream.read(size)
-        stream.seek(start)
-        return head, stream
-    head = stream.read(size)
-    return head, io.BufferedReader(_Rejoined(head, stream))
-
-
-def open_input(path: str) -> tuple[BinaryIO, BinaryIO]:
+def open_input(path: str) -> tuple[BinaryIO, io.BufferedReader]:
     """Open a plain, .xz or .gz file or standard input (`-`) -> (raw, content) binary streams.
 
     Compression is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
@@ -93,11 +52,13 @@ def open_input(path: str) -> tuple[BinaryIO, BinaryIO]:
     if path == "-" and sys.stdin is None:
         raise UserError("standard input is closed")
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-    magic, content = look_ahead(raw, 6)
-    if magic == b"\xfd7zXZ\0":
-        return raw, lzma.LZMAFile(content, format=lzma.FORMAT_XZ)
-    if magic.startswith(b"\x1f\x8b"):
-        return raw, gzip.GzipFile(fileobj=content)
+    # A reader of a buffered stream waits until peek() has its fill, however slowly a pipe gives it.
+    content = io.BufferedReader(raw)
+    magic = content.peek()
+    if magic.startswith(b"\xfd7zXZ\0"):
+        content = io.BufferedReader(lzma.LZMAFile(content, format=lzma.FORMAT_XZ))  # noqa: SIM115
+    elif magic.startswith(b"\x1f\x8b"):
+        content = io.BufferedReader(gzip.GzipFile(fileobj=content))
     return raw, content
 
 
@@ -114,29 +75,23 @@ def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     raw, content = open_input(path)
     size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
     with _damage(name):
-        head, content = look_ahead(content, 1024)
-    first_line = head.lstrip().split(b"\n")[0]
-    is_file = content is raw and path != "-"
+        head = content.peek()
+    is_file = content.raw is raw and size is not None and path != "-"
     if path.removesuffix(".gz").removesuffix(".xz").endswith(".scp"):
         kind, blocks = "scp", scp_jobs(content, name)
     elif re.match(rb"\S+ \0B", head):
         kind, blocks = "binary archive", ark_jobs(content, name)
-    elif b"\0" in head:
-        raise UserError(
-            f"{name}: binary data, but no Kaldi archive: expected a text dump, an archive or a .scp"
-        )
-    elif re.match(rb"\S+[ \t]+\[", first_line):
+    elif re.match(rb"\s*\S+[ \t]+\[", head):
         kind, blocks = "text archive", text_jobs(content, name, "]", is_file)
     else:
         kind, blocks = "text dump", text_jobs(content, name, ".", is_file)
 
     def jobs():
-        done = 0
+        position = 0
         with _damage(name):
-            for num_bytes, job in blocks:
-                done = done + num_bytes if size is None else raw.tell()
-                yield done, job
-        if not done:
+            for position, job in blocks:
+                yield position if size is None else raw.tell(), job
+        if not position:
             raise UserError(f"{name}: expected utterances, found an empty file")
 
     return kind, size, jobs()
@@ -151,49 +106,76 @@ def _damage(name):
         raise UserError(f"{name}: compressed data truncated or damaged: {error}") from None
 
 
+def check_frames(
+    utt_id: str, frames: np.ndarray, where: str, place: Callable[[int], str] | None = None
+) -> Utterance | BadUtterance:
+    """Numbers (T, D) as they were read -> the utterance, or what is wrong with it.
+
+    `place(row)` is what a message calls a frame's place: file and line, if it has a line.
+
+    Raises:
+        UserError: these are CMVN statistics, as everything else in the source will be.
+    """
+    name = f"{where}: utterance {utt_id}"
+    if not frames.size:
+        return BadUtterance(f"{name}: expected frames, found a matrix of shape {frames.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        floats = np.ascontiguousarray(frames, dtype=np.float32)
+    finite = np.isfinite(floats)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        at = place(row) if place else f"{name}: frame {row}"
+        return BadUtterance(f"{at}: expected finite float32 numbers, found {frames[row, column]:g}")
+    count = floats[0, -1]  # of CMVN statistics: sums and, last, a count; sums of squares and 0
+    if len(floats) == 2 and floats[1, -1] == 0 and count >= 1 and not count % 1:
+        raise UserError(
+            f"{name}: expected frames, found CMVN statistics (of {count:.0f} frames): give the "
+            "features, feats.scp or .ark"
+        )
+    return Utterance(utt_id, floats, where)
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
 def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iterator[tuple]:
-    """Cut a text dump or archive into blocks of whole utterances -> (bytes, job).
+    """Cut a text dump or archive into blocks of whole utterances -> (position, job).
 
     If the stream is the file of that name, as it is, jobs read their blocks themselves: that is
-    faster than to send them to another process.
+    faster than sending them to another process.
     """
-    end_of_utterance = END_OF_UTTERANCE[end_mark]
-    usual_end = b"\n.\n" if end_mark == "." else b"]\n"
+    last_end = re.compile(rb".*" + END_OF_UTTERANCE[end_mark], re.DOTALL)
     position, line, rest, size = 0, 1, b"", BLOCK_SIZE
-    while True:
-        new = stream.read(size)
+    while new := stream.read(size):
         if b"\0" in new:
-            raise UserError(f"{name}: expected text, found binary data: this is not a text dump")
+            raise UserError(f"{name}: expected a text dump, an archive or a .scp, found other data")
         block = rest + new
-        if not new:
-            break
-        end = block.rfind(usual_end) + len(usual_end)
-        if end < len(usual_end):
-            end = max((match.end() for match in end_of_utterance.finditer(block)), default=0)
-        if not end:
+        found = last_end.match(block)
+        if not found:
             if len(block) > MAX_UTTERANCE:
                 raise UserError(
                     f"{name}:{line}: expected {end_mark!r} at the end of an utterance, found none "
                     f"in {MAX_UTTERANCE >> 20} MiB: is this a dump?"
                 )
             # Twice as much each time: an utterance of many blocks is not searched many times.
-            rest, size = block, max(BLOCK_SIZE, len(block))
+            rest, size = block, len(block)
             continue
-        where = (line, name, end_mark)
-        if is_file:
-            yield end, functools.partial(parse_part, position, end, *where)
-        else:
-            yield end, functools.partial(parse_text, block[:end], *where)
+        end, start = found.end(), position
         position += end
+        if is_file:
+            yield position, functools.partial(parse_part, start, end, line, name, end_mark)
+        else:
+            yield position, functools.partial(parse_text, block[:end], line, name, end_mark)
         line += block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
-    if block.strip():
-        yield len(block), functools.partial(parse_text, block, line, name, end_mark)
+    if rest.strip():
+        rest = rest.rstrip() + b"\n"
+        yield position + len(rest), functools.partial(parse_text, rest, line, name, end_mark)
 
 
 def parse_part(
     offset: int, size: int, first_line: int, name: str, end_mark: str
-) -> Iterator[Utterance]:
+) -> Iterator[Utterance | BadUtterance]:
     """parse_text() of the `size` bytes at `offset` of the file `name`."""
     with open(name, "rb") as file:
         file.seek(offset)
@@ -201,16 +183,17 @@ def parse_part(
     return parse_text(block, first_line, name, end_mark)
 
 
-def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator[Utterance]:
-    """Bytes of a text dump or archive, which start at line `first_line` of it -> utterances.
+def parse_text(
+    block: bytes, first_line: int, name: str, end_mark: str
+) -> Iterator[Utterance | BadUtterance]:
+    """Part of a text dump or archive, from its line `first_line` on -> utterances.
 
     Raises:
         UserError: they are not utterances.
     """
-    if b"\r" in block:
+    end_of_utterance = re.compile(END_OF_UTTERANCE[end_mark])
+    if b"\r" in block:  # which is faster to see than "\r\n"
         block = block.replace(b"\r\n", b"\n")
-    if not block.endswith(b"\n"):
-        block += b"\n"
     start, number = 0, first_line  # of the line that comes next
     while start < len(block):
         line_end = block.index(b"\n", start)
@@ -227,35 +210,30 @@ def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Itera
         if end_mark == "]" and words[1:] not in ([b"["], [b"[", b"]"]):
             raise UserError(f"{where}: expected an utterance id and '[', found {quote(line)}")
         utt_id = check_utt_id(words[0], where)
-        end = END_OF_UTTERANCE[end_mark].search(block, start if end_mark == "]" else line_end)
-        body = block[line_end + 1 : end.start() if end else -1]
-        if end_mark == "]" and end:  # it may stand on a line of its own
-            body = body.rstrip()
-        try:
-            frames = _parse_frames(body, utt_id, name, number + 1, end_mark, end is not None)
-            utterance = Utterance(utt_id, frames, where)
-        except BadUtterance as error:
-            utterance = error
-        yield utterance
+        end = end_of_utterance.search(block, start)
+        body = block[line_end + 1 : end and end.start()].rstrip()
+        yield _parse_utterance(utt_id, body, name, number, end_mark, end is not None)
         number += block.count(b"\n", start, end.end())
         start = end.end()
 
 
-def _parse_frames(body, utt_id, name, first_line, end_mark, has_end):
-    """The lines of an utterance's frames -> float32 (T, D)."""
-    frames = _parse_fast(body) if has_end else None
+def _parse_utterance(utt_id, body, name, number, end_mark, has_end):
+    """Lines of frames, below the utterance's id in line `number` -> Utterance or BadUtterance."""
+
+    def place(row):
+        return f"{name}:{number + 1 + row}: utterance {utt_id}"
+
+    frames = _parse_fast(body)
     if frames is None or (end_mark == "." and frames.shape[1] < 2):
-        frames = _parse_slowly(body, utt_id, name, first_line, end_mark, has_end)
-    frames, bad = to_float32(frames)
-    if bad is not None:
-        row, column = bad
-        word = body.split(b"\n")[row].split()[column]
-        raise BadUtterance(
-            f"{name}:{first_line + row}: utterance {utt_id}: expected finite float32 numbers, "
-            f"found {quote(word)}"
+        frames = _parse_slowly(body, end_mark, place)
+    if not has_end:
+        raise UserError(
+            f"{place(len(frames))}: expected {end_mark!r} at the end of the utterance, found the "
+            "end of the file: is it truncated?"
         )
-    refuse_cmvn_stats(frames, f"{name}:{first_line}: utterance {utt_id}")
-    return frames
+    if not len(frames):
+        return BadUtterance(f"{place(0)}: expected frames, found none before {end_mark!r}")
+    return check_frames(utt_id, frames, f"{name}:{number}", place)
 
 
 def _parse_fast(body):
@@ -282,52 +260,25 @@ def _parse_fast(body):
     return frames.reshape(len(rows), -1)
 
 
-def refuse_cmvn_stats(frames: np.ndarray, where: str) -> None:
-    """UserError for a matrix of CMVN statistics: sums and, last, a count; sums of squares and 0."""
-    if len(frames) == 2 and frames[1, -1] == 0 and frames[0, -1] >= 1 and not frames[0, -1] % 1:
-        raise UserError(
-            f"{where}: expected frames, found CMVN statistics (of {frames[0, -1]:.0f} frames): "
-            "give the features, feats.scp or .ark"
-        )
-
-
-def to_float32(frames: np.ndarray) -> tuple[np.ndarray, tuple | None]:
-    """A matrix -> (the same in float32, the index of its first NaN or infinity, if any)."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        frames = np.ascontiguousarray(frames, dtype=np.float32)
-    finite = np.isfinite(frames)
-    return frames, None if finite.all() else tuple(np.argwhere(~finite)[0])
-
-
-def _parse_slowly(body, utt_id, name, first_line, end_mark, has_end):
+def _parse_slowly(body, end_mark, place):
     """Line by line with float(), for the message that says what is wrong, and where."""
-    rows, lines = [], body.split(b"\n") if body.strip() else []
-    for line_number, line in enumerate(lines, start=first_line):
-        where = f"{name}:{line_number}: utterance {utt_id}"
+    rows = []
+    for line in body.split(b"\n") if body else ():
         words = line.split()
+        if end_mark == "." and len(words) == 1:
+            raise UserError(
+                f"{place(len(rows))}: expected a frame of two numbers or more, or '.' (a single "
+                f"word on a line is an utterance id), found {quote(line)}"
+            )
         bad = next((word for word in words if not _is_number(word)), None)
         if bad is not None:
-            expected = f"a frame or {end_mark!r}" if len(words) == 1 else "numbers"
-            raise UserError(f"{where}: expected {expected}, found {quote(bad)}")
-        if not rows and len(words) < 2 and end_mark == ".":
-            raise UserError(
-                f"{where}: expected a frame of two numbers or more (a single word on a line is an "
-                f"utterance id), found {quote(line)}"
-            )
-        if rows and len(words) != len(rows[0]):
-            raise UserError(
-                f"{where}: expected {len(rows[0])} numbers, as in the first frame, found "
-                f"{len(words)}"
-            )
+            raise UserError(f"{place(len(rows))}: expected numbers, found {quote(bad)}")
         rows.append([float(word) for word in words])
-    where = f"{name}:{first_line + len(rows)}: utterance {utt_id}"
-    if not has_end:
-        raise UserError(
-            f"{where}: expected {end_mark!r} at the end of the utterance, found the end of the "
-            "file: is it truncated?"
-        )
-    if not rows or not rows[0]:
-        raise BadUtterance(f"{where}: expected frames, found none before {end_mark!r}")
+        if len(rows[-1]) != len(rows[0]):
+            raise UserError(
+                f"{place(len(rows) - 1)}: expected {len(rows[0])} numbers, as in the first frame, "
+                f"found {len(words)}"
+            )
     return np.array(rows)
 
 
@@ -339,66 +290,60 @@ def _is_number(word):
     return b"_" not in word  # 1_000 is Python's alone
 
 
+# Archives and lists of places in them -------------------------------------------------------------
+
+
+class _Counted:
+    """A stream that counts the bytes read from it: a pipe has no tell()."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.count = 0
+
+    def read(self, size):
+        data = self.stream.read(size)
+        self.count += len(data)
+        return data
+
+
 def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
-    """A binary archive -> (bytes, job of some utterances)."""
-    job, size, position = [], 0, 0
+    """A binary archive -> (position, job of some utterances)."""
+    stream, job, start = _Counted(stream), [], 0
     while head := stream.read(1):
-        start = position
+        where = f"{name}: byte {stream.count - 1}"
         while not head.endswith(b" ") and len(head) <= 256 and (byte := stream.read(1)):
             head += byte
-        where = f"{name}: byte {start}"
         utt_id = check_utt_id(head[:-1], where)
-        frames, num_bytes = read_matrix(stream, f"{where}: utterance {utt_id}")
-        position += len(head) + num_bytes
-        job.append((utt_id, frames, where, f"{where}: utterance {utt_id}"))
-        size += len(head) + num_bytes
-        if size >= BLOCK_SIZE:
-            yield size, functools.partial(itertools.starmap, check_matrix, job)
-            job, size = [], 0
+        job.append((utt_id, read_matrix(stream, f"{where}: utterance {utt_id}"), where))
+        if stream.count - start >= BLOCK_SIZE:
+            yield stream.count, functools.partial(itertools.starmap, check_frames, job)
+            job, start = [], stream.count
     if job:
-        yield size, functools.partial(itertools.starmap, check_matrix, job)
+        yield stream.count, functools.partial(itertools.starmap, check_frames, job)
 
 
-def check_matrix(
-    utt_id: str, frames: np.ndarray, where: str, name: str
-) -> Utterance | BadUtterance:
-    """A binary archive's matrix -> the utterance; `name` is for messages."""
-    if not frames.size:
-        return BadUtterance(f"{name}: expected frames, found a matrix of shape {frames.shape}")
-    frames, bad = to_float32(frames)
-    if bad is not None:
-        return BadUtterance(f"{name}: frame {bad[0]}: expected finite float32 numbers")
-    refuse_cmvn_stats(frames, name)
-    return Utterance(utt_id, frames, where)
-
-
-def read_matrix(stream: BinaryIO, where: str) -> tuple[np.ndarray, int]:
-    """Kaldi's binary matrix at a stream's position -> ((T, D), bytes read)."""
+def read_matrix(stream: BinaryIO | _Counted, where: str) -> np.ndarray:
+    """Kaldi's binary matrix at a stream's position -> (T, D)."""
+    # Only this part of kaldiio is safe with files from anywhere: others run pipes and pickles.
     from kaldiio.matio import read_matrix_or_vector
 
-    # Only this part of kaldiio is safe with files from anywhere: others run pipes and pickles.
-    head = stream.read(2)
-    while len(head) < 6 and not head.endswith(b" ") and (byte := stream.read(1)):
-        head += byte
-    if head[:2] != b"\0B" or head[2:-1] not in MATRIX_TYPES:
-        kinds = ", ".join(kind.decode() for kind in MATRIX_TYPES)
-        raise UserError(f"{where}: expected a binary matrix ({kinds}), found {head!r}")
     try:
-        matrix = _Rejoined(head, stream)
         with np.errstate(all="ignore"):  # a damaged header's numbers
-            frames = read_matrix_or_vector(matrix)
+            frames = read_matrix_or_vector(stream)
     except (ValueError, AssertionError, struct.error, MemoryError, OverflowError, TypeError):
-        raise UserError(f"{where}: the matrix is truncated or damaged") from None
+        raise UserError(
+            f"{where}: not a binary matrix (FM, DM, CM, CM2 or CM3), or a truncated or damaged one"
+        ) from None
     if frames.ndim != 2:
         raise UserError(f"{where}: expected frames, found a vector of {frames.size} numbers")
-    return frames, matrix.count
+    return frames
 
 
 def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
-    """An .scp -> (bytes, job of some lines). Refuses pipes: they would run a command."""
-    job, size = [], 0
+    """An .scp -> (position, job of some lines). Refuses pipes: they would run a command."""
+    job, position = [], 0
     for number, line in enumerate(stream, start=1):
-        size += len(line)
+        position += len(line)
         where = f"{name}:{number}"
         words = line.split(maxsplit=1)
         if not words:
@@ -419,72 +364,40 @@ def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
         rows = found[3] and (int(found[3]), int(found[4]))
         job.append((utt_id, found[1], int(found[2] or 0), rows, where))
         if len(job) == 32:
-            yield size, functools.partial(read_scp_lines, job)
-            job, size = [], 0
+            yield position, functools.partial(itertools.starmap, read_scp_line, job)
+            job = []
     if job:
-        yield size, functools.partial(read_scp_lines, job)
+        yield position, functools.partial(itertools.starmap, read_scp_line, job)
 
 
-def read_scp_lines(lines: list[tuple]) -> Iterator[Utterance | BadUtterance]:
-    """[(utterance id, file, offset, (first row, last row) or None, where)] -> utterances."""
-    file, opened = None, None
+def read_scp_line(
+    utt_id: str, path: str, offset: int, rows: tuple[int, int] | None, where: str
+) -> Utterance | BadUtterance:
+    """The matrix at `offset` of a file, or its rows from the first to the last of `rows`."""
+    name = f"{where}: utterance {utt_id}: {path!r}"
     try:
-        for utt_id, path, offset, rows, where in lines:
-            name = f"{where}: utterance {utt_id}: {path!r}"
-            if path != opened:
-                if file:
-                    file.close()
-                try:
-                    file, opened = open(path, "rb"), path  # noqa: SIM115
-                except OSError as error:
-                    raise UserError(
-                        f"{name}: {error.strerror} (paths are relative to where you are)"
-                    ) from None
-            size = os.fstat(file.fileno()).st_size
-            if offset >= size:
-                raise UserError(f"{name}: offset {offset}, but the file has {size} bytes")
+        with open(path, "rb") as file:
             file.seek(offset)
-            name = f"{name}: byte {offset}"
-            is_binary = file.read(2) == b"\0B"
-            file.seek(offset)
-            frames = read_matrix(file, name)[0] if is_binary else read_text_matrix(file, name)
-            if rows:
-                # Kaldi too allows for lengths that were rounded up.
-                if not rows[0] <= rows[1] < len(frames) + 3 or rows[0] >= len(frames):
-                    raise UserError(f"{name}: rows {rows[0]}:{rows[1]} of {len(frames)}")
-                frames = frames[rows[0] : rows[1] + 1]
-            yield check_matrix(utt_id, frames, where, name)
-    finally:
-        if file:
-            file.close()
+            frames = read_matrix(file, f"{name}: byte {offset}")
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror} (paths are relative to where you are)") from None
+    if rows:
+        first, last = rows
+        # Kaldi too allows for lengths that were rounded up.
+        if not first <= last < len(frames) + 3 or first >= len(frames):
+            raise UserError(f"{name}: byte {offset}: rows {first}:{last} of {len(frames)}")
+        frames = frames[first : last + 1]
+    return check_frames(utt_id, frames, where)
 
 
-def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
-    """A text archive's matrix, " [ ... ]", at a file's position -> (T, D)."""
-    text = new = file.read(1 << 16)
-    while new and b"]" not in new and text.lstrip().startswith(b"["):
-        new = file.read(len(text))
-        text += new
-    body, end, _ = text.partition(b"]")
-    if not body.lstrip().startswith(b"[") or not end:
-        raise UserError(f"{where}: expected a matrix, binary or in brackets, found {quote(text)}")
-    rows = [line.split() for line in body.replace(b"[", b"", 1).splitlines() if line.strip()]
-    try:
-        return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 0))
-    except ValueError:
-        raise UserError(f"{where}: expected rows of numbers, all of one length") from None
-
-
-# Lists of Kaldi's ---------------------------------------------------------------------------------
+# Kaldi's tables -----------------------------------------------------------------------------------
 
 
 def read_table(path: str | os.PathLike, *columns: str, maxsplit: int = -1) -> dict:
-    """A table of Kaldi's, "key value ..." a line -> dict key -> (values, "file:line").
-
-    Blank lines and a byte-order mark do no harm.
+    """One of Kaldi's tables, "key value ..." a line -> dict key -> (values, "file:line").
 
     Raises:
-        UserError: a line of another number of columns; a key twice, with other values.
+        UserError: a line with more or fewer columns; a key given twice with different values.
     """
     table = {}
     with open(path, "rb") as file:
@@ -515,28 +428,23 @@ def read_utt2spk(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_data_dir(path: str) -> list[tuple]:
-    """A data directory: wav.scp; segments, utt2spk, reco2file_and_channel where they are there.
+    """A data directory: wav.scp, and segments and utt2spk if there are any.
 
     Returns:
-        (utterance id, audio file, speaker or None, channel or None, start, end or None) of each
-        utterance, sorted by id; times in seconds.
+        (utterance id, audio file, speaker or None, start, end or None) of each utterance, sorted
+        by id; times in seconds.
 
     Raises:
         UserError: by file and line, what is wrong; a pipe, which would run a command.
     """
-
-    def read(name, *columns):
-        file = os.path.join(path, name)
-        return read_table(file, *columns) if os.path.exists(file) else {}
-
     files = read_table(os.path.join(path, "wav.scp"), "a recording", "its file", maxsplit=1)
-    speakers = read("utt2spk", "an utterance", "a speaker")
-    channels = read("reco2file_and_channel", "a recording", "a file", "a channel")
-    segments = read("segments", "an utterance", "a recording", "its start", "its end") or {
-        recording: ([recording, "0", "-1"], where) for recording, (_, where) in files.items()
-    }
+    segments, utt2spk = (os.path.join(path, name) for name in ("segments", "utt2spk"))
+    table = {recording: ([recording, "0", "-1"], where) for recording, (_, where) in files.items()}
+    if os.path.exists(segments):
+        table = read_table(segments, "an utterance", "a recording", "its start", "its end")
+    speakers = read_utt2spk(utt2spk) if os.path.exists(utt2spk) else {}
     rows = []
-    for utt_id, ((recording, start, end), where) in sorted(segments.items()):
+    for utt_id, ((recording, start, end), where) in sorted(table.items()):
         check_utt_id(utt_id, where)
         if recording not in files:
             raise UserError(f"{where}: utterance {utt_id}: {recording} is not in wav.scp")
@@ -552,14 +460,7 @@ def read_data_dir(path: str) -> list[tuple]:
             start = end = math.nan
         if not (0 <= start < end < math.inf or 0 <= start < math.inf and end == -1):
             raise UserError(f"{where}: utterance {utt_id}: expected 0 <= start < end, in seconds")
-        channel = None
-        if recording in channels:
-            (_, letter), where = channels[recording]
-            if not re.fullmatch("[A-Za-z]", letter):
-                raise UserError(f"{where}: expected a channel A, B, ..., found {quote(letter)}")
-            channel = ord(letter.upper()) - ord("A")
-        (speaker,), _ = speakers.get(utt_id, ((None,), None))
-        rows.append((utt_id, file, speaker, channel, start, None if end == -1 else end))
+        rows.append((utt_id, file, speakers.get(utt_id), start, None if end == -1 else end))
     if not rows:
         raise UserError(f"{path}: no utterance in it")
     return rows

@@ -309,14 +309,13 @@ def test_names_that_cannot_be_ids_are_refused(tmp_path):
 
 
 def test_a_kaldi_data_directory(tmp_path):
-    """Recordings, segments of them, speakers, and the sides of a call."""
-    sound = np.stack([speech(3), speech(3, seed=1)], axis=1)
-    call = write(tmp_path / "a call.flac", sound)
+    """Recordings, segments of them, and speakers."""
+    sounds = [speech(3), speech(3, seed=1)]
+    files = [write(tmp_path / f"{name} call.flac", sound) for name, sound in zip("ab", sounds)]
     tables = {
-        "wav.scp": f"rec-A {call}\nrec-B {call}\n\n",
+        "wav.scp": f"rec-A {files[0]}\nrec-B {files[1]}\n\n",
         "segments": "b rec-A 0.5 1.25\na rec-B 2.00 -1\n",
         "utt2spk": "a anna\nb bert\n",
-        "reco2file_and_channel": "rec-A rec A\nrec-B rec B\n",
     }
     for name, text in tables.items():
         (tmp_path / name).write_text(text)
@@ -324,13 +323,13 @@ def test_a_kaldi_data_directory(tmp_path):
     assert left_out == []
     assert speakers_of(found) == {"a": "anna", "b": "bert"}
     samples = [np.concatenate([*read_blocks(recording, RATE)]) for recording in found]
-    assert np.array_equal(samples[0], sound[32000:, 1])
-    assert np.array_equal(samples[1], sound[8000:20000, 0])
+    assert np.array_equal(samples[0], sounds[1][32000:])
+    assert np.array_equal(samples[1], sounds[0][8000:20000])
     for name in ("segments", "utt2spk"):
         (tmp_path / name).unlink()
     found, _ = find_audio(tmp_path)
     assert [recording.utt_id for recording in found] == ["rec-A", "rec-B"]
-    assert np.array_equal(np.concatenate([*read_blocks(found[1], RATE)]), sound[:, 1])
+    assert np.array_equal(np.concatenate([*read_blocks(found[1], RATE)]), sounds[1])
     with pytest.raises(UserError, match="--utt2spk"):
         speakers_of(found)
     with pytest.raises(UserError, match="--ids_from_paths"):
@@ -348,7 +347,6 @@ def test_a_kaldi_data_directory(tmp_path):
         ("segments", "../a rec 0 1", r"segments:1: utterance id"),
         ("segments", "a rec 0", r"segments:1: expected an utterance and a recording and its st"),
         ("segments", "a rec 0 1\na rec 1 2", r"segments:2: a has .*segments:1"),
-        ("reco2file_and_channel", "rec f 1", r"channel:1: expected a channel A, B, .*found '1'"),
         ("utt2spk", "a s\na t", r"utt2spk:2: a has 't' here, and 's' in \S*utt2spk:1"),
     ],
 )
