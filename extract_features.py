@@ -12,7 +12,7 @@ the papers. With --layer all or a list, (layers, frames, hidden size); a prenet'
 
 import argparse
 import datetime
-import glob
+import io
 import itertools
 import logging
 import os
@@ -110,8 +110,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--format ark: Kaldi has no float16: leave --dtype float32")
         if args.resume:
             parser.error("--format ark cannot be resumed: extract anew, or use --format npy")
-        if not re.fullmatch(r"[^,\ud800-\udfff]+", os.path.abspath(args.save_dir)):
-            parser.error(f"--format ark: --save_dir {args.save_dir!r}: its path has a comma")
     return args
 
 
@@ -136,35 +134,48 @@ def choose_layers(name: str, num_layers: int) -> Callable[[Tensor], Tensor]:
 
 
 class AudioFiles(data.Dataset):
-    """Audio as log-Mel utterances, computed as they are asked for, and never cut.
+    """--audio, treated as the model's training data were: log-Mel utterances, never cut.
+
+    All files are read once beforehand, for what is wrong with one and for CMVN statistics, and then
+    again as they are asked for. Items and attributes are those of LibriSpeech, but the tensors are
+    as long as the utterances.
 
     Args:
-        recordings: list of audio.Recording.
-        read: a recording -> its log-Mel frames, some (t, D) at a time.
-        stats: dict utterance id -> the CMVN statistics that normalise it; None for no CMVN.
-        options: of apply_cmvn.
-        num_frames: dict utterance id -> frames.
-        mel_dim: D.
-
-    Items and attributes are those of LibriSpeech, but the tensors are as long as the utterances.
+        args: the script's.
+        prepared: prepared.json of the training data; None if unknown.
     """
 
-    def __init__(
-        self,
-        recordings: list,
-        read: Callable,
-        stats: dict | None,
-        options: dict,
-        num_frames: dict[str, int],
-        mel_dim: int,
-    ):
-        self.recordings = recordings
-        self.read = read
-        self.stats = stats
-        self.options = options
-        self.ids = [f"{recording.utt_id}.pt" for recording in recordings]
-        self.lengths = {f"{utt_id}.pt": length for utt_id, length in num_frames.items()}
-        self.mel_dim = mel_dim
+    def __init__(self, args: argparse.Namespace, prepared: dict | None):
+        if prepared and prepared.get("source") == "audio":
+            fbank = prepared["fbank"]
+            cmvn, self.options = cmvn_settings(prepared)
+        else:
+            fbank, cmvn, self.options = fbank_settings(), "speaker", {"norm_vars": False}
+            logging.warning(
+                "how the features that the model was trained on were made is not known: taking the "
+                "original's fbank settings and mean normalisation by speaker"
+            )
+        if args.utt2spk and cmvn != "speaker":
+            raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
+        self.recordings, left_out = audio.find_audio(args.audio, args.ids_from_paths)
+        if left_out:
+            logging.info("left out of %s: %s", args.audio, audio.count_left_out(left_out))
+        utt2spk = open_speakers(args, self.recordings) if cmvn == "speaker" else {}
+        options = {"resample": args.resample, "channel": args.channel}
+        self.read = partial(audio.read_fbank_blocks, settings=fbank, **options)
+        self.ids = [f"{recording.utt_id}.pt" for recording in self.recordings]
+        self.mel_dim = fbank["num_mel_bins"]
+
+        groups, self.lengths, group_stats = [], {}, {}
+        measured = run_jobs(self.recordings, partial(measure, self.read), num_cores())
+        for stats, recording in zip(measured, self.recordings):
+            group = cmvn_group(recording.utt_id, recording.path, cmvn, utt2spk)
+            groups.append(group)
+            self.lengths[f"{recording.utt_id}.pt"] = int(stats[0, -1])
+            group_stats[group] = group_stats.get(group, 0) + stats
+        if cmvn == "global":
+            group_stats = {"all": np.array(prepared["cmvn_stats"])}  # the training data's
+        self.stats = None if cmvn == "none" else [group_stats[group] for group in groups]
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -175,47 +186,10 @@ class AudioFiles(data.Dataset):
 
     def read_chunks(self, index: int) -> Iterator[Tensor]:
         """Yield an utterance's frames, some of them (t, D) at a time."""
-        recording = self.recordings[index]
-        for frames in self.read(recording):
+        for frames in self.read(self.recordings[index]):
             if self.stats is not None:
-                frames = apply_cmvn(frames, self.stats[recording.utt_id], **self.options)
+                frames = apply_cmvn(frames, self.stats[index], **self.options)
             yield torch.from_numpy(frames)
-
-
-def open_audio(args: argparse.Namespace, prepared: dict | None) -> AudioFiles:
-    """--audio, treated as the model's training data (their prepared.json; None if unknown).
-
-    All files are read once beforehand: for what is wrong with one, for speakers' statistics.
-    """
-    fbank, cmvn, options = fbank_settings(), "speaker", {"norm_vars": False}
-    if prepared and prepared.get("source") == "audio":
-        fbank = fbank_settings(prepared["fbank"])
-        cmvn, options = cmvn_settings(prepared)
-    else:
-        logging.warning(
-            "how the features that the model was trained on were made is not known: taking the "
-            "original's fbank settings and mean normalisation by speaker"
-        )
-    if args.utt2spk and cmvn != "speaker":
-        raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
-    recordings, left_out = audio.find_audio(args.audio, args.ids_from_paths)
-    if left_out:
-        logging.info("left out of %s: %s", args.audio, audio.count_left_out(left_out))
-    utt2spk = open_speakers(args, recordings) if cmvn == "speaker" else {}
-    read = partial(
-        audio.read_fbank_blocks, settings=fbank, resample=args.resample, channel=args.channel
-    )
-    num_frames, group_of, stats = {}, {}, {}
-    for recording, its_stats in run_jobs(recordings, partial(measure, read), num_cores()):
-        group = cmvn_group(recording.utt_id, recording.path, cmvn, utt2spk)
-        group_of[recording.utt_id] = group
-        stats[group] = stats.get(group, 0) + its_stats
-        num_frames[recording.utt_id] = int(its_stats[0, -1])
-    if cmvn == "global":  # the training data's statistics
-        stats = dict.fromkeys(stats, np.array(prepared["cmvn_stats"]))
-    utt_stats = {utt_id: stats[group] for utt_id, group in group_of.items()}
-    utt_stats = None if cmvn == "none" else utt_stats
-    return AudioFiles(recordings, read, utt_stats, options, num_frames, fbank["num_mel_bins"])
 
 
 def open_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
@@ -231,15 +205,15 @@ def open_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
     return utt2spk
 
 
-def measure(read: Callable, recording: audio.Recording) -> tuple[audio.Recording, np.ndarray]:
-    """A recording -> itself, CMVN statistics of all its frames. Runs in a worker."""
-    return recording, sum(map(cmvn_stats, read(recording)))
+def measure(read: Callable, recording: audio.Recording) -> np.ndarray:
+    """CMVN statistics of all of a recording's frames. Runs in a worker."""
+    return sum(map(cmvn_stats, read(recording)))
 
 
 def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None):
     """--data_dir or --audio -> LibriSpeech or AudioFiles; UserError if the model cannot read it."""
     if args.audio is not None:
-        dataset = open_audio(args, prepared)
+        dataset = AudioFiles(args, prepared)
     else:
         dataset = LibriSpeech(args.data_dir)
         # With every fbank option, as the model's is.
@@ -256,66 +230,38 @@ def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None
 # The features' side -------------------------------------------------------------------------------
 
 
-class FileWriter:
-    """A file for each utterance: <utt_id>.pt or .npy."""
-
-    def __init__(self, save_dir: str, ending: str):
-        self.save_dir = save_dir
-        self.ending = ending
-
-    def path(self, utt_id: str) -> str:
-        return os.path.join(self.save_dir, f"{utt_id}.{self.ending}")
-
-    def is_done(self, utt_id: str) -> bool:
-        path = self.path(utt_id)  # empty after a crash of the machine
-        return os.path.exists(path) and os.path.getsize(path) > 0
-
-    def write(self, utt_id: str, features: Tensor) -> None:
-        if self.ending == "pt":
-            save(features, self.path(utt_id), sync=False)
-            return
-        with atomic_write(self.path(utt_id), sync=False) as file:
-            # Not np.save, which overlooks that a disk is full.
-            header = np.lib.format.header_data_from_array_1_0(features.numpy())
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(features.numpy())
-
-    def close(self) -> None:
-        pass
+def write_file(features: Tensor, path: str) -> None:
+    """Write an utterance's .pt or .npy."""
+    if path.endswith(".pt"):
+        save(features, path, sync=False)
+        return
+    with atomic_write(path, sync=False) as file:
+        # Not np.save, which overlooks that a disk is full.
+        header = np.lib.format.header_data_from_array_1_0(features.numpy())
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(features.numpy())
 
 
-class ArkWriter:
-    """Kaldi's <name>.ark, and <name>.scp.part, which join_scps() makes part of feats.scp."""
+def append_to_ark(features: Tensor, utt_id: str, path: str, scp: io.StringIO) -> None:
+    """Append an utterance to Kaldi's archive, and a line that says where it is there to `scp`."""
+    import kaldiio
 
-    def __init__(self, save_dir: str, name: str):
-        import kaldiio
-
-        self.path = os.path.abspath(os.path.join(save_dir, name))
-        self.helper = kaldiio.WriteHelper(f"ark,scp:{self.path}.ark,{self.path}.scp.part")
-
-    def write(self, utt_id: str, features: Tensor) -> None:
-        self._write(self.helper, utt_id, features.numpy())
-
-    def close(self) -> None:
-        self._write(self.helper.close)
-
-    def _write(self, function, *args):
-        try:
-            function(*args)
-        except OSError as error:
-            raise UserError(f"{self.path}.ark or .scp: {error.strerror}") from None
+    try:
+        with open(path, "ab") as ark:
+            kaldiio.save_ark(ark, {utt_id: features.numpy()}, scp=scp)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
-def join_scps(save_dir: str) -> None:
-    """The archives' feats*.scp.part -> feats.scp, sorted as Kaldi wants it."""
-    lines, parts = [], glob.glob(os.path.join(glob.escape(save_dir), "feats*.scp.part"))
-    for part in parts:
-        with open(part, "rb") as file:
-            lines += file
-    with atomic_write(os.path.join(save_dir, "feats.scp")) as file:
-        file.writelines(sorted(lines))
-    for part in parts:
-        os.remove(part)
+def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
+    """Write all processes' lines as one file, sorted as Kaldi wants it."""
+    parts = [scp.getvalue()] * world_size
+    if world_size > 1:
+        dist.gather_object(parts[0], parts if rank == 0 else None)
+    if rank == 0:
+        lines = "".join(parts).encode("utf-8", "surrogateescape").splitlines(keepends=True)
+        with atomic_write(path) as file:
+            file.writelines(sorted(lines))
 
 
 def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
@@ -342,7 +288,7 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
                     "now: --resume needs the same"
                 )
         return
-    ours = (".pt", ".npy", ".ark", ".scp", ".part", "features.json")
+    ours = (".pt", ".npy", ".ark", ".scp", "features.json")
     there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
     if there:
         raise UserError(
@@ -355,16 +301,14 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
 # Extraction ---------------------------------------------------------------------------------------
 
 
-def plan(todo: list[int], num_frames: np.ndarray, batch_size: int) -> tuple[list, list]:
+def plan(todo: np.ndarray, num_frames: np.ndarray, batch_size: int) -> tuple[list, list]:
     """Utterances -> batches of at most MAX_FRAMES frames, and the utterances longer than that."""
-    lengths = num_frames[todo]
-    long = [i for i, length in zip(todo, lengths) if length > MAX_FRAMES]
-    short = np.array(todo, int)[lengths <= MAX_FRAMES]
-    batches = []
+    is_long = num_frames[todo] > MAX_FRAMES
+    short, batches = todo[~is_long], []
     for batch in BatchSampler(num_frames[short], batch_size, shuffle=False):
         size = MAX_FRAMES // num_frames[short[batch]].max()
         batches += [short[batch[i : i + size]].tolist() for i in range(0, len(batch), size)]
-    return batches, long
+    return batches, todo[is_long].tolist()
 
 
 def extract_batch(
@@ -416,21 +360,21 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     layers = choose_layers(args.layer, len(model.rnns) + (model.prenet is not None))
     source = open_source(args, model, training_data(config, args.checkpoint))
     dataset = Utterances([source])
-    num_frames = dataset.num_frames
-    for utt_id in dataset.ids if args.format == "ark" else ():
+    num_frames, is_ark = dataset.num_frames, args.format == "ark"
+    for utt_id in dataset.ids if is_ark else ():
         if re.search(r"[\s\ud800-\udfff]", utt_id):
             raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
     if rank == 0:
         open_save_dir(args, model)
     wait_for_others(world_size)
-    if args.format == "ark":
-        writer = ArkWriter(args.save_dir, f"feats.{rank + 1}" if world_size > 1 else "feats")
-    else:
-        writer = FileWriter(args.save_dir, args.format)
+
+    def path_of(utt_id):
+        return os.path.join(args.save_dir, f"{utt_id}.{args.format}")
 
     # Each process has its own utterances, of all lengths.
-    mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
-    todo = [i for i in mine if not (args.resume and writer.is_done(dataset.ids[i]))]
+    mine = np.argsort(num_frames, kind="stable")[rank::world_size]
+    is_done = [args.resume and has_content(path_of(dataset.ids[i])) for i in mine]
+    todo = mine[np.logical_not(is_done)]
     print(
         f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {len(todo)} of "
         f"{len(dataset)} utterances, {num_frames[todo].sum()} frames of "
@@ -439,25 +383,33 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     )
     batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
     batch_frames = max((len(batch) * num_frames[batch].max() for batch in batches), default=0)
-    workers = args.load_data_workers if batches else 0
+    workers = args.load_data_workers
     loader = build_loader(dataset, batches, batch_frames, workers, device, world_size)
     dtype = getattr(torch, args.dtype)
+    ark = os.path.abspath(path_of(f"feats.{rank + 1}" if world_size > 1 else "feats"))
+    scp = io.StringIO()
     with tqdm(total=len(todo), unit="utt", disable=rank > 0) as bar:
         for utt_id, features in extract(
             model, source, loader, long, device, lambda reps: layers(reps).to(dtype)
         ):
             if not all(part.isfinite().all() for part in features.split(4096, dim=-2)):
                 logging.error("%s: features that are NaN or infinite", utt_id)
-            writer.write(utt_id, features)
+            if is_ark:
+                append_to_ark(features, utt_id, ark, scp)
+            else:
+                write_file(features, path_of(utt_id))
             bar.update()
-    writer.close()
     wait_for_others(world_size)
-    if rank == 0 and args.format == "ark":
-        join_scps(args.save_dir)
+    if is_ark:
+        write_scp(scp, os.path.join(args.save_dir, "feats.scp"), rank, world_size)
     print(
         f"{args.save_dir}: features of {len(todo)} utterances written, {len(mine) - len(todo)} "
         "were there"
     )
+
+
+def has_content(path: str) -> bool:
+    return os.path.exists(path) and os.path.getsize(path) > 0  # 0 after a crash of the machine
 
 
 def wait_for_others(world_size: int) -> None:

@@ -247,9 +247,9 @@ def test_an_ark_as_kaldiio_and_prepare_data_read_it(tmp_path, extract, model, mo
     expected = last_layer(model[1], dict(zip(names, frames.values())))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    succeeded(extract(model[0], data, "my feats/a:1", "--format", "ark"))
+    succeeded(extract(model[0], data, "my feats/a,b:1", "--format", "ark"))
     monkeypatch.chdir(tmp_path)  # paths in the scp do not depend on where one is
-    out = tmp_path / "here" / "my feats" / "a:1"
+    out = tmp_path / "here" / "my feats" / "a,b:1"
     assert_close(read(out), expected)
     lines = (out / "feats.scp").read_bytes().splitlines()
     ids, places = zip(*[line.split(b" ", 1) for line in lines])
@@ -326,7 +326,6 @@ def test_wrong_flags_are_refused_by_the_parser(tmp_path, call_main):
         (["--format", "ark", "--layer", "all"], "--layer all"),
         (["--format", "ark", "--layer", "0,2"], "--layer 0,2"),
         (["--format", "ark", "--dtype", "float16"], "float16"),
-        (["--format", "ark", "--save_dir", tmp_path / "a,b"], "comma"),
     ]
     needed = ["--checkpoint", "foo.model", "--save_dir", tmp_path / "out"]
     for options, word in rows:
@@ -422,18 +421,16 @@ def test_resume_makes_what_is_missing(tmp_path, extract, model, folder, whole, k
     assert times(kept) == {path: before[1][path] for path in kept}
 
 
-def test_a_killed_ark_has_no_scp_and_stays_as_it_is(tmp_path, server, folder, model, whole):
+def test_a_killed_ark_has_no_scp_and_stays_as_it_is(tmp_path, server, folder, model):
     out = tmp_path / "out"
     argv = [SCRIPT, *flags(model[0], folder[0], out, "--format", "ark")]
-    for name, when in [("features.json", "after"), ("feats.scp$", "before"), ("part$", "before")]:
+    for name, when in [("features.json", "after"), ("feats.scp$", "before")]:
         shutil.rmtree(out, ignore_errors=True)
         assert server.run(*argv, crash=(name, 1, when)).returncode == -signal.SIGKILL
-        assert (out / "feats.scp").exists() == (name == "part$")
+        assert not (out / "feats.scp").exists()
         before = snapshot(out)
         refused(server.run(*argv), out)
         assert snapshot(out) == before
-    (out / "feats.scp.part").unlink()  # killed when only this was left to be done
-    assert_equal(read(out), whole)
 
 
 def test_resume_with_other_flags_is_refused(tmp_path, extract, folder, model):
