@@ -1,11 +1,12 @@
-"""Audio files to samples: finding them, whose they are, whether they are whole, decoding.
+"""Audio files to samples: find them and their speakers, check that they are whole, decode them.
 
     for recording in find_audio("LibriSpeech/dev-clean"):
         for samples in read_blocks(recording, 16000):  # float32, 16-bit range, mono
             ...
 
-What a file is follows from its content, not from its name. libsndfile decodes it, but believes a
-file that was cut: that is looked for here. soundfile and soxr are imported where they are needed.
+What a file is follows from its content, not from its name. libsndfile decodes it, but reads a file
+that was cut short without complaint: that is checked here. soundfile and soxr are imported where
+they are needed.
 """
 
 import argparse
@@ -23,11 +24,12 @@ from formats import kaldi
 from formats.fbank import FULL_SCALE, fbank_blocks
 from utils import BadUtterance, UserError, check_utt_id, not_negative
 
-DECODED = ".wav .flac .sph .nist .aiff .aif .aifc .au .snd .w64 .rf64 .caf .mp3 .ogg .oga .opus"
-UNKNOWN = ".shn .m4a .mp4 .aac .wma .webm .amr .ape .mka"  # audio too: refused, not left out
+DECODED = ".wav .flac .sph .nist .aiff .aif .aifc .au .snd .mp3 .ogg .oga .opus"
+# Audio too: refused, not left out.
+UNKNOWN = ".w64 .rf64 .caf .shn .m4a .mp4 .aac .wma .webm .amr .ape .mka"
 AUDIO_ENDINGS = frozenset(f"{DECODED} {UNKNOWN}".split())
 # libsndfile's names of the formats whose length can be checked.
-FORMATS = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "MP3", "OGG"]
+FORMATS = ["WAV", "WAVEX", "AIFF", "AU", "NIST", "FLAC", "MP3", "OGG"]
 BLOCK_SIZE = 1 << 20  # samples at a time
 LOUDEST = 8  # times full scale, of floating-point samples; decoders overshoot, but not so far
 
@@ -133,26 +135,17 @@ def speakers_of(recordings: list[Recording]) -> dict[str, str]:
     for recording in recordings:
         if recording.speaker is None:
             raise UserError(
-                f"{recording.path}: utterance {recording.utt_id}: its speaker, over whom to "
-                "normalise, is not known: give --utt2spk FILE, put it into a folder of its "
-                "speaker, or normalise by --cmvn utterance"
+                f"{recording.path}: utterance {recording.utt_id}: its speaker, to normalise over, "
+                "is not known: give --utt2spk FILE, put it into a folder named after its speaker, "
+                "or use --cmvn utterance"
             )
     return {recording.utt_id: recording.speaker for recording in recordings}
 
 
 # Whether a file is whole --------------------------------------------------------------------------
 
-# Of files made of chunks, by their first bytes: where the first chunk starts; bytes of a chunk's
-# name, its size and the struct format of that, whether it counts name and size, what it is padded
-# to; the name of the chunk that holds the samples.
-CHUNKS = {
-    b"RIFF": (12, 4, 4, "<I", False, 2, b"data"),
-    b"RIFX": (12, 4, 4, ">I", False, 2, b"data"),
-    b"RF64": (12, 4, 4, "<I", False, 2, b"data"),
-    b"FORM": (12, 4, 4, ">I", False, 2, b"SSND"),  # AIFF
-    b"riff": (40, 16, 8, "<Q", True, 8, b"data"),  # Wave64
-    b"caff": (8, 4, 8, ">Q", False, 1, b"data"),
-}
+# Files made of chunks, by their first bytes: the order of a size's bytes, the samples' chunk.
+CHUNKS = {b"RIFF": ("little", b"data"), b"RIFX": ("big", b"data"), b"FORM": ("big", b"SSND")}
 KILOBITS = {  # of MPEG layer III by version: 1, 2 (and 2.5)
     True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -160,29 +153,28 @@ KILOBITS = {  # of MPEG layer III by version: 1, 2 (and 2.5)
 
 
 def check_is_whole(file: BinaryIO, path: str) -> float:
-    """Refuse a file that holds less than its header says, which libsndfile reads without a word.
+    """Refuse a file that holds less than its header says, which libsndfile would simply read.
 
-    FLAC is not looked at: its decoder notices.
+    FLAC is left to its decoder, which notices.
 
     Args:
         file: at its start.
         path: for messages.
 
     Returns:
-        The seconds that decoding has to give at least, where libsndfile may give less (MP3, Ogg).
+        The fewest seconds that decoding must give, where libsndfile may give less (MP3, Ogg).
 
     Raises:
         BadUtterance: it is truncated, or of a kind that libsndfile cannot decode.
     """
     magic = file.read(12)
-    stated, least, unit = None, 0, "bytes of samples"
-    file_size = held = os.fstat(file.fileno()).st_size
+    file_size = os.fstat(file.fileno()).st_size
+    stated, held, unit, least = None, 0, "bytes of samples", 0
     if magic[:4] in CHUNKS:
-        stated, held = _chunk_size(file, magic[:4], file_size, path)
+        stated, held = _chunk_size(file, *CHUNKS[magic[:4]], file_size, path)
     elif magic[:4] in (b".snd", b"dns."):  # AU: where the samples start, how many bytes
-        start, stated = struct.unpack(
-            (">" if magic[:4] == b".snd" else "<") + "II", magic[4:].ljust(8, b"\0")
-        )
+        order = ">" if magic[:4] == b".snd" else "<"
+        start, stated = struct.unpack(f"{order}II", magic[4:].ljust(8, b"\0"))
         held = file_size - start
     elif magic.startswith(b"NIST_1A"):
         stated, held = _sphere_size(file, file_size, path)
@@ -196,20 +188,15 @@ def check_is_whole(file: BinaryIO, path: str) -> float:
     elif magic.startswith(b"ID3") or magic[:1] == b"\xff" and magic[1:2] >= b"\xe0":
         stated, held, least = _mpeg_frames(file, magic, file_size, path)
         unit = "MPEG frames"
-    if stated is None:
-        return least
-    name = shlex.quote(path)
-    if stated == 0 and held > 0:
+    command = f"sox --ignore-length {shlex.quote(path)} OUT.wav"
+    if stated == 0 < held:
         raise BadUtterance(
-            f"{path}: its header says 0 {unit}, and {held} follow, as where it was written to a "
-            f"pipe: write it anew with: sox --ignore-length {name} OUT.wav"
+            f"{path}: its header says 0 {unit}, and {held} follow, as when it was written to a "
+            f"pipe: write it anew with: {command}"
         )
-    if held < stated:
-        to_pipe = f" (if it was written to a pipe: sox --ignore-length {name} OUT.wav)"
-        raise BadUtterance(
-            f"{path}: truncated: {held} of the {stated} {unit} in its header"
-            f"{to_pipe if stated > 2**31 - 2**16 else ''}"
-        )
+    if stated is not None and held < stated:
+        hint = f" (if it was written to a pipe: {command})" if stated > 2**31 - 2**16 else ""
+        raise BadUtterance(f"{path}: truncated: {held} of the {stated} {unit} in its header{hint}")
     return least
 
 
@@ -218,26 +205,19 @@ def _undecodable(path, kind, command):
     return BadUtterance(f"{path}: {kind}, which is not read here: {command} {name} OUT.wav")
 
 
-def _chunk_size(file, magic, file_size, path):
+def _chunk_size(file, order, wanted, file_size, path):
     """-> bytes of samples by the header, bytes that are there."""
-    start, name_size, size_size, size_format, counts_itself, align, wanted = CHUNKS[magic]
-    size_64 = None
+    start = 12
     while True:
         file.seek(start)
-        header = file.read(name_size + size_size)
-        if len(header) < name_size + size_size:
+        header = file.read(8)
+        if len(header) < 8:
             raise BadUtterance(f"{path}: truncated: ends within its header")
-        name, size = header[:4], struct.unpack(size_format, header[name_size:])[0]
-        if counts_itself:
-            size -= len(header)
-        start += len(header)
-        if name == wanted:
-            if magic == b"RF64" and size_64 is not None:
-                size = size_64
+        size = int.from_bytes(header[4:], order)
+        start += 8
+        if header[:4] == wanted:
             return size, file_size - start
-        if name == b"ds64":  # RF64, for files over 4 GiB: sizes of the file, of the samples
-            size_64 = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))[1]
-        start += max(size, 0) + -size % align
+        start += size + size % 2
 
 
 def _sphere_size(file, file_size, path):
@@ -258,7 +238,7 @@ def _sphere_size(file, file_size, path):
 
 
 def _ogg_seconds(file, file_size, path):
-    """-> the least that decoding has to give, by the last page, which has to be there."""
+    """-> the fewest seconds that decoding must give, by the last page, which must be there."""
     file.seek(28)
     head = file.read(16)
     file.seek(max(0, file_size - (1 << 16)))  # a page is smaller
@@ -269,14 +249,14 @@ def _ogg_seconds(file, file_size, path):
     position = struct.unpack("<q", page[2:10])[0]
     rates = {b"OpusHead": 48000, b"\1vorbis": struct.unpack("<I", head[12:])[0]}
     rate = next((rate for name, rate in rates.items() if head.startswith(name)), 0)
-    return position / rate - 0.1 if rate else 0.0  # 0.1: what decoders leave out at the start
+    return position / rate - 0.1 if rate else 0.0  # 0.1: what decoders skip at the start
 
 
 def _mpeg_frames(file, magic, file_size, path):
-    """MP3 -> frames by its header, frames that are there, seconds that decoding gives at least.
+    """-> frames by the MP3's header (None without one), frames there, fewest seconds to decode.
 
-    Without a header (Xing, Info) the length is not known: libsndfile takes all frames to be as
-    long as the first one, and stops there. So they are counted.
+    Without a header (Xing, Info) libsndfile takes all frames to be as long as the first, and stops
+    where that would end the file. So they are counted.
     """
     start, found, stated, seconds = 0, 0, None, 0.0
     while magic[:3] == b"ID3":  # 10 bytes and a size of four times 7 bits
@@ -304,7 +284,7 @@ def _mpeg_frames(file, magic, file_size, path):
             if tag and tag[1][0] & 1:
                 stated, found = struct.unpack(">I", tag[2])[0], -1  # the frame of the tag
         start, found, seconds = start + size, found + 1, samples / rate
-    return stated, found, (found - 4) * seconds  # what encoders add at both ends is cut again
+    return stated, found, (found - 4) * seconds  # decoders trim what encoders add
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -317,14 +297,14 @@ def read_blocks(
     16-bit files give exactly their integers, floating-point ones 32768 times what they hold.
 
     Args:
-        recording: of a whole file, or from a time in it to another.
+        recording: a whole file or a stretch of it.
         sample_rate: expected, Hz.
         resample: convert other rates (soxr, high quality).
         channel: which of several channels to read, from 0; None if there is to be one.
 
     Raises:
-        BadUtterance: the file's name and what is wrong: another sampling rate, several channels,
-            not decodable, truncated, NaN or infinity, not in the range that it should be.
+        BadUtterance: another sampling rate, several channels, a file that cannot be decoded or is
+            truncated, samples that are NaN, infinite or out of range.
     """
     import soundfile
 
@@ -335,16 +315,15 @@ def read_blocks(
         with open(path, "rb") as file:
             least = check_is_whole(file, path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be UTF-8
-            found, ways_out = [], []
+            problems = {}  # by the flag that helps
             if file.samplerate != sample_rate and not resample:
-                found.append(f"sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz")
-                ways_out.append("--resample")
+                found = f"sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz"
+                problems["--resample"] = found
             if channel is None and file.channels > 1:
-                found.append(f"{file.channels} channels, expected 1")
-                ways_out.append("--channel K, from 0")
-            if found:
-                ways_out = " and ".join(ways_out)
-                raise BadUtterance(f"{path}: {'; '.join(found)}: convert with {ways_out}")
+                problems["--channel K, from 0"] = f"{file.channels} channels, expected 1"
+            if problems:
+                found, flags = "; ".join(problems.values()), " and ".join(problems)
+                raise BadUtterance(f"{path}: {found}: convert with {flags}")
             blocks = _decode(file, recording, channel or 0, least)
             if file.samplerate != sample_rate:
                 blocks = _resample(blocks, file.samplerate, sample_rate)
@@ -374,15 +353,16 @@ def _decode(file, recording, channel, least):
     if channel >= file.channels:
         raise BadUtterance(f"{path}: has no channel {channel}, only {file.channels} (from 0)")
     is_mp3, is_float = file.format == "MP3", file.subtype in ("FLOAT", "DOUBLE")
-    start, end = int(recording.start * file.samplerate), file.frames
+    rate, end = file.samplerate, file.frames
+    start = int(recording.start * rate)
     # MP3's length is an estimate, which may be above what there is.
-    expected = max(int(least * file.samplerate), 0 if is_mp3 else end)
+    expected = max(int(least * rate), 0 if is_mp3 else end)
     if recording.end is not None:  # as Kaldi's extract-segments, which allows for rounding too
-        expected = end = int(recording.end * file.samplerate)
-        if start >= file.frames or end > file.frames + file.samplerate // 2:
+        end = int(recording.end * rate)
+        if start >= file.frames or end > file.frames + rate // 2:
             raise BadUtterance(
                 f"{path}: utterance {recording.utt_id}: from {recording.start:g} to "
-                f"{recording.end:g} s, but the file has {file.frames / file.samplerate:g} s"
+                f"{recording.end:g} s, but the file has {file.frames / rate:g} s"
             )
         expected = end = min(end, file.frames)
     if is_mp3:  # seeking is not exact there, which soundfile does after every read too
@@ -392,12 +372,9 @@ def _decode(file, recording, channel, least):
     else:
         file.seek(start)
     done = start
-    is_over = False
-    while done < end and not is_over:
+    while done < end:
         wanted = min(BLOCK_SIZE, end - done)
         samples = file.read(wanted, dtype="float32", always_2d=True)[:, channel]
-        # Once it gave less than it has, there may be more, but with a gap before.
-        is_over = len(samples) < wanted
         done += len(samples)
         with np.errstate(over="ignore"):
             samples = samples * np.float32(FULL_SCALE)
@@ -409,9 +386,11 @@ def _decode(file, recording, channel, least):
                 "it anew as 16-bit integers, or divided by 32768"
             )
         yield samples
+        if len(samples) < wanted:  # there may be more, but after a gap
+            break
     if done < expected:
-        mend = f"; it may be whole after: ffmpeg -i {shlex.quote(path)} OUT.flac" if is_mp3 else ""
-        raise BadUtterance(f"{path}: truncated or damaged: {done} of {expected} samples{mend}")
+        hint = f"; it may be whole after: ffmpeg -i {shlex.quote(path)} OUT.flac" if is_mp3 else ""
+        raise BadUtterance(f"{path}: truncated or damaged: {done} of {expected} samples{hint}")
 
 
 def _resample(blocks, rate, target):

@@ -45,7 +45,7 @@ def test_every_kind_of_file_gives_its_16_bit_integers(tmp_path):
     extremes = np.array([-32768, -32767, -1, 0, 1, 32767], np.int16)
     samples = np.concatenate([extremes, speech()])
     kinds = [{"subtype": name} for name in ("PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")]
-    kinds += [{"format": name} for name in audio.FORMATS[1:9]]
+    kinds += [{"format": name} for name in audio.FORMATS[1:6]]
     kinds += [{"format": "FLAC", "subtype": "PCM_24"}, {"format": "AU", "endian": "LITTLE"}]
     for kw in [*kinds, {"endian": "BIG"}]:
         found = read(write(tmp_path / "a.wav", samples / 32768, **kw))  # whatever its name
@@ -58,7 +58,7 @@ def test_files_of_other_writers_give_what_these_decode():
     def decoded(name):
         return np.fromfile(FILES / f"{name}.s16", "<i2")
 
-    names = ["sox.wav", "sox.sph", "sox.aiff", "sox.au", "sox.w64", "sox-pipe.wav", "ffmpeg.flac"]
+    names = ["sox.wav", "sox.sph", "sox.aiff", "sox.au", "sox-pipe.wav", "ffmpeg.flac"]
     for name in names:
         assert np.array_equal(read(FILES / name), decoded("sox")), name
     for name in ("ffmpeg.mp3", "ffmpeg.ogg"):  # ffmpeg rounds to integers, and ends Ogg early
@@ -131,7 +131,7 @@ def refused(path, reason, **options):
 
 def test_a_file_that_was_cut_is_refused(tmp_path, capfd):
     """Wherever it was cut, whatever it is; libsndfile believes most of these."""
-    formats = ["WAV", "RF64", "WAVEX", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "MP3", "OGG"]
+    formats = ["WAV", "WAVEX", "AIFF", "AU", "NIST", "FLAC", "MP3", "OGG"]
     kinds = [{"format": name} for name in formats]
     kinds += [{"endian": "BIG"}, {"format": "AU", "endian": "LITTLE"}]
     kinds += [{"format": "OGG", "subtype": "OPUS"}, {"format": "AIFF", "subtype": "FLOAT"}]
@@ -148,7 +148,7 @@ def test_a_file_that_was_cut_is_refused(tmp_path, capfd):
 def test_both_numbers_of_a_file_that_was_cut(tmp_path):
     for kw, numbers in [
         ({"format": "NIST"}, "6000 of the 16000 samples"),
-        ({"format": "W64"}, "12000 of the 32000 bytes"),
+        ({"format": "AIFF"}, "12008 of the 32008 bytes"),
         ({}, "12000 of the 32000 bytes"),
     ]:
         path = Path(write(tmp_path / "a.wav", speech(), **kw))
@@ -195,7 +195,9 @@ def test_what_libsndfile_cannot_decode_is_refused_with_the_tool_that_can(tmp_pat
     for content in (sphere.replace(b"end_head", shorten), b"ajkg\x02\xfb"):
         path.write_bytes(content)
         refused(path, r"Shorten.*: sph2pipe -f wav \S*a\.wav OUT\.wav")
-    refused(write(tmp_path / "b.wav", speech(), format="VOC"), r"VOC.*: sox \S*b\.wav OUT")
+    for name in ("VOC", "W64", "RF64", "CAF"):
+        path_b = write(tmp_path / "b.wav", speech(), format=name)
+        refused(path_b, rf"{name}.*: sox \S*b\.wav OUT")
     for content in (
         b"",
         b"fLaC",
