@@ -12,6 +12,7 @@ the papers. With --layer all or a list, (layers, frames, hidden size); a prenet'
 
 import argparse
 import datetime
+import hashlib
 import io
 import itertools
 import logging
@@ -40,13 +41,7 @@ from datasets import (
 from formats import audio
 from formats.fbank import apply_cmvn, cmvn_group, cmvn_settings, cmvn_stats, fbank_settings
 from formats.kaldi import read_utt2spk
-from load_pretrained import (
-    add_residual_flags,
-    checksum,
-    load_with_config,
-    summary,
-    training_data,
-)
+from load_pretrained import add_residual_flags, load_with_config, summary, training_data
 from utils import (
     HelpFormatter,
     UserError,
@@ -270,8 +265,11 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
         raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
     os.makedirs(args.save_dir, exist_ok=True)
     lock_folder(args.save_dir)
+    weights = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        weights.update(name.encode() + weight.cpu().numpy().tobytes())
     about = {
-        "weights": checksum(model),
+        "weights": weights.hexdigest(),
         "source": os.path.realpath(args.data_dir or args.audio),
         "residual": bool(model.rnn_residual),
         "layer": args.layer,

@@ -13,7 +13,6 @@ configs, and any of these weights in .safetensors. Nothing in a file is ever exe
 """
 
 import argparse
-import hashlib
 import logging
 import os
 import re
@@ -79,8 +78,8 @@ def load_with_config(
     weights, config = read_checkpoint(path)
     mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
     found = model_flags(mel_dim, prenet_config, rnn_config)
-    if config is None or "data" not in config:
-        config = (read_config(path, found) or {}) | (config or {})
+    if "data" not in config:
+        config = read_config(path, found) | config
     if residual is None:
         residual = find_residual(path, config)
     residual_first = config.pop("residual_first", True)
@@ -91,11 +90,11 @@ def load_with_config(
     return model.to(device).eval(), config | found | {"rnn_residual": residual}
 
 
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
-    """A file -> (state dict with the original's names, its flags or None). Raises UserError."""
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """A file -> (state dict with the original's names, the flags it holds). Raises UserError."""
     is_safetensors = os.fspath(path).endswith(".safetensors")
     value = load_safetensors(path) if is_safetensors else load(path, verify=True)
-    flags, config = None, None
+    flags, config = {}, None
     if isinstance(value, dict) and "model" in value:
         if isinstance(value.get("flags"), dict):  # last.ckpt
             flags = value["flags"] | ({"data": value["data"]} if "data" in value else {})
@@ -108,9 +107,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict | 
     for name, weight in value.items():
         if not (isinstance(name, str) and is_plain(weight)):
             raise UserError(f"{path}: {name!r}: expected a weight, a plain tensor of floats")
-        for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel's, torch.compile's
-            name = name.removeprefix(prefix)
-        weights[name] = weight
+        # DataParallel's and torch.compile's prefixes
+        weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = weight
     if config is not None:
         return from_s3prl(weights, config, path)
     renamed = rename_s3prl(weights, path)
@@ -157,17 +155,12 @@ def count_layers(weights: dict, prefix: str) -> int:
 
 
 def copy_weights(model: APCModel, weights: dict, path: str) -> None:
-    """load_state_dict(strict=True), with a one-line UserError that names the first difference."""
-    expected = model.state_dict()
-    for name in [*expected, *weights]:
-        want, have = expected.get(name), weights.get(name)
-        if want is None or have is None or want.shape != have.shape:
-            raise UserError(f"{path}: {name}: expected {_shape(want)}, found {_shape(have)}")
-    model.load_state_dict(weights)
-
-
-def _shape(weight):
-    return "no such weight" if weight is None else f"shape {tuple(weight.shape)}"
+    """model.load_state_dict(), with a one-line UserError that names the differences."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        differences = " ".join(" ".join(str(error).splitlines()[1:]).split())
+        raise UserError(f"{path}: not the weights of an APC model: {differences}") from None
 
 
 def model_flags(mel_dim: int, prenet_config: PrenetConfig | None, rnn_config: RNNConfig) -> dict:
@@ -181,24 +174,22 @@ def model_flags(mel_dim: int, prenet_config: PrenetConfig | None, rnn_config: RN
     }
 
 
-def read_config(path: str, found: dict) -> dict | None:
-    """The config.json beside a model -> dict; None if there is none, or it is of another model.
+def read_config(path: str, found: dict) -> dict:
+    """The config.json beside a model; {} if there is none, or it is another model's.
 
     Raises:
         UserError: it contradicts what the weights tell.
     """
     path = os.path.realpath(path)  # of a link, what it points to
     config_path = os.path.join(os.path.dirname(path), "config.json")
-    config = read_json(config_path)
-    if config is None:
-        return None
+    config = read_json(config_path) or {}
     # train.py's names its experiment, and --to_state_dict's the file that it was written with.
     name = config.get("state_dict") or config.get("experiment_name")
     if name and not re.fullmatch(
         rf"{re.escape(str(name))}(__epoch_\d+\.model)?", os.path.basename(path)
     ):
         logging.warning("%s: is of %s, and not used for %s", config_path, name, path)
-        return None
+        return {}
     for flag, value in found.items():
         if config.get(flag, value) != value:
             raise UserError(
@@ -210,12 +201,11 @@ def read_config(path: str, found: dict) -> dict | None:
 
 def training_data(config: dict, name: str) -> dict | None:
     """A model's flags -> prepared.json of what it was trained on, or None if unknown."""
-    data = config.get("data") or [None]
     try:
-        first = data[0]
+        first = (config.get("data") or [None])[0]
         if first is None:
             return None
-        from_audio, fbank = first["source"] == "audio", None
+        from_audio = first["source"] == "audio"
         cmvn = first["cmvn"] if from_audio else first.get("cmvn", "none")
         if cmvn not in CMVN_KINDS:
             raise ValueError(f"cmvn {cmvn!r}")
@@ -223,18 +213,18 @@ def training_data(config: dict, name: str) -> dict | None:
             if not isinstance(first.get(key, False), bool):
                 raise ValueError(f"{key} {first[key]!r}")
         if from_audio or first.get("fbank") is not None:
-            fbank = fbank_settings({} | first["fbank"])  # TypeError if it is no dict
+            # Every option, of old files too; TypeError if it is no dict.
+            first = first | {"fbank": fbank_settings({} | first["fbank"])}
         if from_audio and cmvn == "global":
             stats = np.array(first["cmvn_stats"], np.float64)
-            if stats.shape != (2, fbank["num_mel_bins"] + 1) or not (
-                np.isfinite(stats).all() and stats[0, -1] >= 1
-            ):
+            is_finite = np.isfinite(stats).all() and stats[0, -1] >= 1
+            if not is_finite or stats.shape != (2, first["fbank"]["num_mel_bins"] + 1):
                 raise ValueError("cmvn_stats")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{name}: config.json: missing or invalid in what is said of its training data: {error}"
+            f"{name}: config.json: its account of the training data is incomplete or invalid: {error}"
         ) from None
-    return first if fbank is None else first | {"fbank": fbank}  # every option, old files' too
+    return first
 
 
 def find_residual(path: str, config: dict) -> bool:
@@ -279,14 +269,6 @@ def add_residual_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no_residual", dest="residual", action="store_false", help="the model has none"
     )
-
-
-def checksum(model: APCModel) -> str:
-    """Of the weights, names and numbers."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode() + weight.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def describe(model: APCModel) -> dict:
