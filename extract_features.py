@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# The model's and the data's side ------------------------------------------------------------------
+# Model and data -----------------------------------------------------------------------------------
 
 
 def choose_layers(name: str, num_layers: int) -> Callable[[Tensor], Tensor]:
@@ -147,8 +147,8 @@ class AudioFiles(data.Dataset):
         else:
             fbank, cmvn, self.options = fbank_settings(), "speaker", {"norm_vars": False}
             logging.warning(
-                "how the features that the model was trained on were made is not known: taking the "
-                "original's fbank settings and mean normalisation by speaker"
+                "it is not known how the features that the model was trained on were made: taking "
+                "the original's fbank settings and mean normalisation by speaker"
             )
         if args.utt2spk and cmvn != "speaker":
             raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
@@ -188,7 +188,7 @@ class AudioFiles(data.Dataset):
 
 
 def open_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
-    """-> dict utterance id -> speaker, by the rule that prepare_data.py has too; it is logged."""
+    """-> dict utterance id -> speaker, as in prepare_data.py; but a single file is its own."""
     if args.utt2spk:
         utt2spk = read_utt2spk(args.utt2spk)
     elif os.path.isfile(args.audio):
@@ -201,7 +201,7 @@ def open_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
 
 
 def measure(read: Callable, recording: audio.Recording) -> np.ndarray:
-    """CMVN statistics of all of a recording's frames. Runs in a worker."""
+    """The CMVN statistics of a recording, computed in a worker."""
     return sum(map(cmvn_stats, read(recording)))
 
 
@@ -211,7 +211,7 @@ def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None
         dataset = AudioFiles(args, prepared)
     else:
         dataset = LibriSpeech(args.data_dir)
-        # With every fbank option, as the model's is.
+        # With every fbank option filled in, as the model's has.
         dataset.prepared = training_data({"data": [dataset.prepared]}, args.data_dir)
         warn_of_other_data(prepared, dataset)
     if dataset.mel_dim != model.mel_dim:
@@ -222,7 +222,7 @@ def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None
     return dataset
 
 
-# The features' side -------------------------------------------------------------------------------
+# Writing features ---------------------------------------------------------------------------------
 
 
 def write_file(features: Tensor, path: str) -> None:
@@ -231,14 +231,14 @@ def write_file(features: Tensor, path: str) -> None:
         save(features, path, sync=False)
         return
     with atomic_write(path, sync=False) as file:
-        # Not np.save, which overlooks that a disk is full.
+        # Not np.save, which does not notice a full disk.
         header = np.lib.format.header_data_from_array_1_0(features.numpy())
         np.lib.format.write_array_header_1_0(file, header)
         file.write(features.numpy())
 
 
 def append_to_ark(features: Tensor, utt_id: str, path: str, scp: io.StringIO) -> None:
-    """Append an utterance to Kaldi's archive, and a line that says where it is there to `scp`."""
+    """Append an utterance to Kaldi's archive, and its line to `scp`."""
     import kaldiio
 
     try:
@@ -249,7 +249,7 @@ def append_to_ark(features: Tensor, utt_id: str, path: str, scp: io.StringIO) ->
 
 
 def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
-    """Write all processes' lines as one file, sorted as Kaldi wants it."""
+    """Write the lines of all processes to one file, sorted as Kaldi wants it."""
     parts = [scp.getvalue()] * world_size
     if world_size > 1:
         dist.gather_object(parts[0], parts if rank == 0 else None)
@@ -260,7 +260,7 @@ def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
 
 
 def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
-    """Make save_dir ready; UserError if it holds anything that is not of this extraction."""
+    """Make save_dir ready; UserError if it holds anything else than this extraction."""
     if is_finished(args.save_dir):
         raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
     os.makedirs(args.save_dir, exist_ok=True)
@@ -325,7 +325,7 @@ def extract_long(
 ) -> Tensor:
     """An utterance's chunks (t, D), `length` frames in all -> features ((layers,) T, H).
 
-    The model is causal: nothing but its state is needed of what came before.
+    The model is causal: of what came before it needs only its state.
     """
     features, state, done = None, None, 0
     with torch.inference_mode():
@@ -369,10 +369,12 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     def path_of(utt_id):
         return os.path.join(args.save_dir, f"{utt_id}.{args.format}")
 
+    def is_done(utt_id):  # a crash of the machine may leave an empty file
+        return os.path.exists(path_of(utt_id)) and os.path.getsize(path_of(utt_id)) > 0
+
     # Each process has its own utterances, of all lengths.
     mine = np.argsort(num_frames, kind="stable")[rank::world_size]
-    is_done = [args.resume and has_content(path_of(dataset.ids[i])) for i in mine]
-    todo = mine[np.logical_not(is_done)]
+    todo = np.array([i for i in mine if not (args.resume and is_done(dataset.ids[i]))], int)
     print(
         f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {len(todo)} of "
         f"{len(dataset)} utterances, {num_frames[todo].sum()} frames of "
@@ -381,8 +383,9 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     )
     batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
     batch_frames = max((len(batch) * num_frames[batch].max() for batch in batches), default=0)
-    workers = args.load_data_workers
-    loader = build_loader(dataset, batches, batch_frames, workers, device, world_size)
+    loader = build_loader(
+        dataset, batches, batch_frames, args.load_data_workers, device, world_size
+    )
     dtype = getattr(torch, args.dtype)
     ark = os.path.abspath(path_of(f"feats.{rank + 1}" if world_size > 1 else "feats"))
     scp = io.StringIO()
@@ -391,7 +394,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
             model, source, loader, long, device, lambda reps: layers(reps).to(dtype)
         ):
             if not all(part.isfinite().all() for part in features.split(4096, dim=-2)):
-                logging.error("%s: features that are NaN or infinite", utt_id)
+                logging.error("%s: its features are not all finite", utt_id)
             if is_ark:
                 append_to_ark(features, utt_id, ark, scp)
             else:
@@ -402,12 +405,8 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
         write_scp(scp, os.path.join(args.save_dir, "feats.scp"), rank, world_size)
     print(
         f"{args.save_dir}: features of {len(todo)} utterances written, {len(mine) - len(todo)} "
-        "were there"
+        "were there already"
     )
-
-
-def has_content(path: str) -> bool:
-    return os.path.exists(path) and os.path.getsize(path) > 0  # 0 after a crash of the machine
 
 
 def wait_for_others(world_size: int) -> None:

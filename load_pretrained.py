@@ -61,7 +61,7 @@ def load_pretrained(
         APCModel in eval mode, in float32.
 
     Raises:
-        UserError: the file is no APC model, carries code, or leaves open whether it is residual.
+        UserError: the file is no APC model, carries code, or does not say whether it is residual.
         OSError: it cannot be read.
     """
     return load_with_config(path, device, residual)[0]
@@ -70,10 +70,10 @@ def load_pretrained(
 def load_with_config(
     path: str | os.PathLike, device: str | torch.device = "cpu", residual: bool | None = None
 ) -> tuple[APCModel, dict]:
-    """load_pretrained(), and what is known of the model's making -> (model, dict of flags).
+    """load_pretrained(), and how the model was made -> (model, dict of flags).
 
-    The flags are those of train.py's config.json, as far as they are known. `data` is a list of
-    what prepare_data.py says of the training data (prepared.json), or of None.
+    The flags are those of train.py's config.json, as far as they are known. `data` is a list of the
+    training folders' prepared.json, None where there is none.
     """
     weights, config = read_checkpoint(path)
     mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
@@ -91,14 +91,14 @@ def load_with_config(
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
-    """A file -> (state dict with the original's names, the flags it holds). Raises UserError."""
+    """A file -> (state dict with the original's names, the flags in the file)."""
     is_safetensors = os.fspath(path).endswith(".safetensors")
     value = load_safetensors(path) if is_safetensors else load(path, verify=True)
     flags, config = {}, None
     if isinstance(value, dict) and "model" in value:
         if isinstance(value.get("flags"), dict):  # last.ckpt
             flags = value["flags"] | ({"data": value["data"]} if "data" in value else {})
-        else:  # s3prl's; its runner of 2021 calls it otherwise, and NPC's keeps none
+        else:  # s3prl's, under another name in 2021; NPC's checkpoints have none
             config = value.get("config", value.get("Upstream_Config"))
         value = value["model"]
     if not isinstance(value, dict):
@@ -139,17 +139,15 @@ def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, R
             f"postnet.layer.weight, found {', '.join(list(weights)[:3]) or 'none'} ({error})"
         ) from None
     prenet_layers = count_layers(weights, "prenet.layers.")
-    prenet_config = None
-    if prenet_layers:
-        prenet_config = PrenetConfig(mel_dim, hidden_size, prenet_layers, 0.0)
+    prenet = PrenetConfig(mel_dim, hidden_size, prenet_layers, 0.0) if prenet_layers else None
     input_size = hidden_size if prenet_layers else mel_dim
     rnn_layers = count_layers(weights, "rnns.")
-    rnn_config = RNNConfig(input_size, hidden_size, rnn_layers, 0.0, False, rnn_type)
-    return mel_dim, prenet_config, rnn_config
+    rnn = RNNConfig(input_size, hidden_size, rnn_layers, 0.0, False, rnn_type)
+    return mel_dim, prenet, rnn
 
 
 def count_layers(weights: dict, prefix: str) -> int:
-    """The largest layer number in the names, plus one: a missing layer is found out later."""
+    """The largest layer number in the names, plus one: copy_weights() notices missing layers."""
     numbers = [re.match(re.escape(prefix) + r"(\d{1,3})\.", name) for name in weights]
     return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
@@ -164,7 +162,7 @@ def copy_weights(model: APCModel, weights: dict, path: str) -> None:
 
 
 def model_flags(mel_dim: int, prenet_config: PrenetConfig | None, rnn_config: RNNConfig) -> dict:
-    """What weights tell of train.py's flags."""
+    """Those of train.py's flags that follow from the weights."""
     return {
         "feature_dim": mel_dim,
         "prenet_num_layers": prenet_config.num_layers if prenet_config else 0,
@@ -178,7 +176,7 @@ def read_config(path: str, found: dict) -> dict:
     """The config.json beside a model; {} if there is none, or it is another model's.
 
     Raises:
-        UserError: it contradicts what the weights tell.
+        UserError: it contradicts the weights.
     """
     path = os.path.realpath(path)  # of a link, what it points to
     config_path = os.path.join(os.path.dirname(path), "config.json")
@@ -188,13 +186,13 @@ def read_config(path: str, found: dict) -> dict:
     if name and not re.fullmatch(
         rf"{re.escape(str(name))}(__epoch_\d+\.model)?", os.path.basename(path)
     ):
-        logging.warning("%s: is of %s, and not used for %s", config_path, name, path)
+        logging.warning("%s: belongs to %s, and is not used for %s", config_path, name, path)
         return {}
     for flag, value in found.items():
         if config.get(flag, value) != value:
             raise UserError(
-                f"{config_path}: {flag} is {config[flag]}, but {path} has {value}: it belongs to "
-                "another model: keep them in separate folders"
+                f"{config_path}: {flag} is {config[flag]}, but {path} has {value}: keep models in "
+                "separate folders, each with its own config.json"
             )
     return config
 
@@ -222,7 +220,7 @@ def training_data(config: dict, name: str) -> dict | None:
                 raise ValueError("cmvn_stats")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{name}: config.json: its account of the training data is incomplete or invalid: {error}"
+            f"{name}: config.json: its entry on the training data is incomplete or wrong: {error}"
         ) from None
     return first
 
@@ -235,8 +233,8 @@ def find_residual(path: str, config: dict) -> bool:
     if name:
         return name["residual"] is not None
     raise UserError(
-        f"{path}: weights do not tell whether the model has residual connections, and there is no "
-        "config.json beside them: give --residual or --no_residual (in Python, residual=...)"
+        f"{path}: weights do not show whether a model has residual connections, and no config.json "
+        "beside them says so: give --residual or --no_residual (in Python, residual=...)"
     )
 
 
@@ -259,16 +257,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_residual_flags(parser: argparse.ArgumentParser) -> None:
     """--residual and --no_residual, for models that do not say."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--residual",
-        action="store_true",
-        default=None,
-        help="the model has residual connections (default: what its config.json or name says)",
-    )
-    group.add_argument(
-        "--no_residual", dest="residual", action="store_false", help="the model has none"
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    default = "what its config.json or name says"
+    yes, no = f"the model has residual connections (default: {default})", "the model has none"
+    add("--residual", action="store_true", default=None, help=yes)
+    add("--no_residual", dest="residual", action="store_false", help=no)
 
 
 def describe(model: APCModel) -> dict:
@@ -304,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.to_s3prl or args.to_onnx or args.to_state_dict):
         return
     data = training_data(config, args.checkpoint)
-    made = []  # (function that writes, what, path): nothing is written before all is made
+    made = []  # (function that writes, what, path): nothing is written until all is made
     if args.to_s3prl:
         exported = to_s3prl(model, data or {}, config.get("rnn_dropout", 0))
         made.append((save, exported, args.to_s3prl))
