@@ -67,8 +67,8 @@ def find_audio(
 
     Args:
         root: the folder or file.
-        ids_from_paths: an id is the path below root, joined with "-", and not the file's name;
-            both without ending.
+        ids_from_paths: make ids of the paths below root, joined with "-", instead of the files'
+            names; without endings either way.
 
     Returns:
         The recordings, sorted by id, and "path: why" of everything that was left out.
@@ -192,7 +192,7 @@ def check_is_whole(file: BinaryIO, path: str) -> float:
     if stated == 0 < held:
         raise BadUtterance(
             f"{path}: its header says 0 {unit}, and {held} follow, as when it was written to a "
-            f"pipe: write it anew with: {command}"
+            f"pipe: rewrite it with: {command}"
         )
     if stated is not None and held < stated:
         hint = f" (if it was written to a pipe: {command})" if stated > 2**31 - 2**16 else ""
@@ -201,8 +201,8 @@ def check_is_whole(file: BinaryIO, path: str) -> float:
 
 
 def _undecodable(path, kind, command):
-    name = shlex.quote(path)
-    return BadUtterance(f"{path}: {kind}, which is not read here: {command} {name} OUT.wav")
+    command += f" {shlex.quote(path)} OUT.wav"
+    return BadUtterance(f"{path}: {kind} is not supported: convert it with: {command}")
 
 
 def _chunk_size(file, order, wanted, file_size, path):
@@ -332,8 +332,8 @@ def read_blocks(
         # libsndfile's text may name the file again and may run over several lines
         reason = " ".join(getattr(error, "error_string", str(error)).split())
         raise BadUtterance(
-            f"{path}: cannot be decoded, damaged, truncated or of a format that libsndfile does "
-            f"not know, which ffmpeg may convert: {reason}"
+            f"{path}: cannot be decoded: damaged, truncated, or of a format that libsndfile does "
+            f"not know and ffmpeg may convert: {reason}"
         ) from None
     except OSError as error:
         raise BadUtterance(f"{path}: {error.strerror or error}") from None
@@ -343,12 +343,12 @@ def _decode(file, recording, channel, least):
     """An open SoundFile -> blocks of one channel's samples, in 16-bit range."""
     path = recording.path
     if file.format not in FORMATS:
-        raise _undecodable(path, f"{file.format}, whose length cannot be checked", "sox")
-    # A FLAC written to a pipe does not know its length: then no cut could be noticed.
+        raise _undecodable(path, f"{file.format} (whose length cannot be checked)", "sox")
+    # A FLAC written to a pipe does not say how long it is, so that no cut could be noticed.
     if file.frames >= 2**36 - 1:
         raise BadUtterance(
-            f"{path}: its header does not say how long it is; "
-            f"write it anew with: sox {shlex.quote(path)} OUT.flac"
+            f"{path}: its header does not say how long it is: "
+            f"rewrite it with: sox {shlex.quote(path)} OUT.flac"
         )
     if channel >= file.channels:
         raise BadUtterance(f"{path}: has no channel {channel}, only {file.channels} (from 0)")
@@ -382,14 +382,14 @@ def _decode(file, recording, channel, least):
             raise BadUtterance(f"{path}: holds samples that are NaN or infinite")
         if is_float and (loudest := np.abs(samples).max(initial=0) / FULL_SCALE) > LOUDEST:
             raise BadUtterance(
-                f"{path}: holds floating-point samples up to {loudest:g}, expected -1 to 1: write "
-                "it anew as 16-bit integers, or divided by 32768"
+                f"{path}: holds floating-point samples up to {loudest:g}, expected -1 to 1: "
+                "rewrite it as 16-bit integers, or divided by 32768"
             )
         yield samples
         if len(samples) < wanted:  # there may be more, but after a gap
             break
     if done < expected:
-        hint = f"; it may be whole after: ffmpeg -i {shlex.quote(path)} OUT.flac" if is_mp3 else ""
+        hint = f"; try: ffmpeg -i {shlex.quote(path)} OUT.flac" if is_mp3 else ""
         raise BadUtterance(f"{path}: truncated or damaged: {done} of {expected} samples{hint}")
 
 

@@ -1,9 +1,10 @@
 """Kaldi's features: files in, utterances (id, float32 (T, D)) out.
 
 A source is a generator of jobs. A job is a callable that can be sent to another process; called, it
-yields `Utterance`s. So the reading is serial and cheap, and the parsing is parallel.
+yields (utterance id, frames, where), of which `where` is for messages, "file:line", or a
+BadUtterance. So reading is serial and cheap, and parsing is parallel.
 
-What a file is follows from its ending and its first bytes, never from trying:
+A file's ending and its first bytes tell what it is, never trial and error:
 
     text dump       "utt_id\\n", a line of decimals for each frame, ".\\n"  (the original release)
     text archive    "utt_id  [\\n", a line of decimals for each frame, the last ends with "]"
@@ -24,7 +25,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import simdjson
@@ -37,22 +38,16 @@ END_OF_UTTERANCE = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
 PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
 
 
-class Utterance(NamedTuple):
-    utt_id: str
-    frames: np.ndarray  # float32 (T, D)
-    where: str  # for messages: "file:line"
-
-
 def open_input(path: str) -> tuple[BinaryIO, io.BufferedReader]:
     """Open a plain, .xz or .gz file or standard input (`-`) -> (raw, content) binary streams.
 
-    Compression is told from the first bytes. `raw` counts the bytes on disk (`raw.tell()`, for a
+    The first bytes tell the compression. `raw` counts the bytes on disk (`raw.tell()`, for a
     progress bar), `content` reads what is in them.
     """
     if path == "-" and sys.stdin is None:
         raise UserError("standard input is closed")
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-    # A reader of a buffered stream waits until peek() has its fill, however slowly a pipe gives it.
+    # Buffered twice, so that peek() waits for a full buffer, however slowly a pipe delivers.
     content = io.BufferedReader(raw)
     magic = content.peek()
     if magic.startswith(b"\xfd7zXZ\0"):
@@ -108,8 +103,8 @@ def _damage(name):
 
 def check_frames(
     utt_id: str, frames: np.ndarray, where: str, place: Callable[[int], str] | None = None
-) -> Utterance | BadUtterance:
-    """Numbers (T, D) as they were read -> the utterance, or what is wrong with it.
+) -> tuple | BadUtterance:
+    """Numbers (T, D) as they were read -> what a job yields.
 
     `place(row)` is what a message calls a frame's place: file and line, if it has a line.
 
@@ -132,7 +127,7 @@ def check_frames(
             f"{name}: expected frames, found CMVN statistics (of {count:.0f} frames): give the "
             "features, feats.scp or .ark"
         )
-    return Utterance(utt_id, floats, where)
+    return utt_id, floats, where
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -141,8 +136,8 @@ def check_frames(
 def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iterator[tuple]:
     """Cut a text dump or archive into blocks of whole utterances -> (position, job).
 
-    If the stream is the file of that name, as it is, jobs read their blocks themselves: that is
-    faster than sending them to another process.
+    If `is_file`, jobs read their blocks from the file `name` themselves: that is faster than to
+    send them to another process.
     """
     last_end = re.compile(rb".*" + END_OF_UTTERANCE[end_mark], re.DOTALL)
     position, line, rest, size = 0, 1, b"", BLOCK_SIZE
@@ -157,7 +152,7 @@ def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iter
                     f"{name}:{line}: expected {end_mark!r} at the end of an utterance, found none "
                     f"in {MAX_UTTERANCE >> 20} MiB: is this a dump?"
                 )
-            # Twice as much each time: an utterance of many blocks is not searched many times.
+            # Twice as much each time, so that a long utterance is not searched again and again.
             rest, size = block, len(block)
             continue
         end, start = found.end(), position
@@ -173,9 +168,7 @@ def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iter
         yield position + len(rest), functools.partial(parse_text, rest, line, name, end_mark)
 
 
-def parse_part(
-    offset: int, size: int, first_line: int, name: str, end_mark: str
-) -> Iterator[Utterance | BadUtterance]:
+def parse_part(offset: int, size: int, first_line: int, name: str, end_mark: str) -> Iterator:
     """parse_text() of the `size` bytes at `offset` of the file `name`."""
     with open(name, "rb") as file:
         file.seek(offset)
@@ -183,9 +176,7 @@ def parse_part(
     return parse_text(block, first_line, name, end_mark)
 
 
-def parse_text(
-    block: bytes, first_line: int, name: str, end_mark: str
-) -> Iterator[Utterance | BadUtterance]:
+def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator:
     """Part of a text dump or archive, from its line `first_line` on -> utterances.
 
     Raises:
@@ -218,7 +209,7 @@ def parse_text(
 
 
 def _parse_utterance(utt_id, body, name, number, end_mark, has_end):
-    """Lines of frames, below the utterance's id in line `number` -> Utterance or BadUtterance."""
+    """The lines of frames below the utterance id in line `number` -> what a job yields."""
 
     def place(row):
         return f"{name}:{number + 1 + row}: utterance {utt_id}"
@@ -324,7 +315,7 @@ def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
 
 def read_matrix(stream: BinaryIO | _Counted, where: str) -> np.ndarray:
     """Kaldi's binary matrix at a stream's position -> (T, D)."""
-    # Only this part of kaldiio is safe with files from anywhere: others run pipes and pickles.
+    # Only this part of kaldiio is safe with files from strangers: others run pipes and pickles.
     from kaldiio.matio import read_matrix_or_vector
 
     try:
@@ -372,7 +363,7 @@ def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
 
 def read_scp_line(
     utt_id: str, path: str, offset: int, rows: tuple[int, int] | None, where: str
-) -> Utterance | BadUtterance:
+) -> tuple | BadUtterance:
     """The matrix at `offset` of a file, or its rows from the first to the last of `rows`."""
     name = f"{where}: utterance {utt_id}: {path!r}"
     try:
@@ -383,7 +374,7 @@ def read_scp_line(
         raise UserError(f"{name}: {error.strerror} (paths are relative to where you are)") from None
     if rows:
         first, last = rows
-        # Kaldi too allows for lengths that were rounded up.
+        # As in Kaldi, which allows for lengths that were rounded up.
         if not first <= last < len(frames) + 3 or first >= len(frames):
             raise UserError(f"{name}: byte {offset}: rows {first}:{last} of {len(frames)}")
         frames = frames[first : last + 1]
@@ -405,7 +396,7 @@ def read_table(path: str | os.PathLike, *columns: str, maxsplit: int = -1) -> di
             where = f"{path}:{number}"
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            # Utterance ids may be file names that are no text.
+            # Utterance ids may be file names, which need not be text.
             words = os.fsdecode(line.strip()).split(maxsplit=maxsplit)
             if not words:
                 continue
@@ -452,7 +443,7 @@ def read_data_dir(path: str) -> list[tuple]:
         if file.endswith("|"):
             raise UserError(
                 f"{where_file}: recording {recording}: is a pipe, which would run a command, and "
-                "is refused: run it once, write what comes out to a file, and name that here"
+                "is refused: run it once, write its output to a file, and name that file here"
             )
         try:
             start, end = float(start), float(end)
@@ -462,5 +453,5 @@ def read_data_dir(path: str) -> list[tuple]:
             raise UserError(f"{where}: utterance {utt_id}: expected 0 <= start < end, in seconds")
         rows.append((utt_id, file, speakers.get(utt_id), start, None if end == -1 else end))
     if not rows:
-        raise UserError(f"{path}: no utterance in it")
+        raise UserError(f"{path}: holds no utterances")
     return rows
