@@ -252,6 +252,7 @@ def serve():
     """Fork a process for each order on stdin; in that process, return the order."""
     import kaldi_native_fbank  # noqa: F401
     import kaldiio  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import PIL.Image
     import soundfile  # noqa: F401
     import torch._dynamo  # which torch's optimizers import when the first one is made
