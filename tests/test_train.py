@@ -523,7 +523,11 @@ def killed(server, place):
     kill(os.kill, 4, save_steps=3)  # in an epoch
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 1, "st')
+    flags += ["--max_steps", 12]
     crash("__epoch_2.model", 1, "after", save_steps=2)  # between two epochs
+    succeeded(server.run("train.py", *flags))  # no step is left, but the end of an epoch
+    assert last(path)["state"]["epoch"] == 2
+    del flags[-2:]
     crash("last.ckpt$", 2, "before", save_steps=2)  # when it is written, but has no name yet
     kill(os.killpg, 14, save_steps=1)
     succeeded(server.run("train.py", *flags))
