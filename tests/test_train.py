@@ -112,6 +112,17 @@ def assert_same_tensorboard(path, reference):
 
 
 @pytest.fixture(scope="module")
+def run(server, place):
+    """run(name, *flags) -> the finished process of a run of that name, its folder."""
+
+    def run(name, *flags, **kw):
+        where, path = place(name)
+        return server.run("train.py", *PLAIN, *where, *flags, **kw), path
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def folders(corpus, tmp_path_factory):
     """A folder of splits, those of the corpus and others; and the utterances of two parts."""
     root = tmp_path_factory.mktemp("folders")
@@ -200,16 +211,6 @@ FOLLOW = {
 FOLLOWED = 6  # epochs
 
 
-@pytest.fixture(scope="module")
-def followed(server, place, folders, tmp_path_factory):
-    """{name: process}, and the folder of what each was fed."""
-    fed, jobs = tmp_path_factory.mktemp("fed"), {}
-    for name, (flags, _, _) in FOLLOW.items():
-        flags = ["--librispeech_path", folders.path, "--epochs", FOLLOWED, *flags.split()]
-        jobs[name] = [*PLAIN, *place(name)[0], *flags]
-    return server.run_all("train.py", jobs, record=fed), fed
-
-
 def batches_fed(file, utterances, shift):
     """The training batches of a run from what its model was fed, whole and padded, by epoch.
 
@@ -236,16 +237,18 @@ def batches_fed(file, utterances, shift):
 
 
 @pytest.mark.parametrize("name", FOLLOW)
-def test_losses_follow_the_originals(name, followed, place, corpus, folders):
+def test_losses_follow_the_originals(run, corpus, folders, tmp_path, name):
     """From a run's own initial weights and batches the packed, padded loop gives its losses."""
-    process, path = succeeded(followed[0][name]), place(name)[1]
     flags, model, training = FOLLOW[name]
+    where = ["--librispeech_path", folders.path, "--epochs", FOLLOWED]
+    process, path = run(name, *where, *flags.split(), record=tmp_path / "fed")
+    succeeded(process)
     options = dict(training)
     batch, optimizer, lr = (options.pop(key) for key in ("batch", "optimizer", "lr"))
     shift, kind = options["shift"], options.get("kind", padded_loss)
 
     utterances = folders.parts if "part-a" in flags else corpus.train
-    epochs = batches_fed(followed[1] / f"{name}.fed", utterances, shift)
+    epochs = batches_fed(tmp_path / "fed", utterances, shift)
     assert len(epochs) == FOLLOWED
     for batches in epochs:
         sizes = sorted((len(lengths) for _, lengths in batches), reverse=True)
@@ -304,27 +307,25 @@ def test_another_seed_gives_other_weights_and_another_order(server, place, whole
     assert ours != theirs
 
 
-@pytest.mark.parametrize("flags", [[], ["--mask_padding"]], ids=["padded", "masked"])
-def test_parts_of_a_batch_make_up_the_whole(server, place, flags):
+def test_parts_of_a_batch_make_up_the_whole(run):
     """In turn, or each on a CPU core. The batches are of 12 and 9, whose parts differ in frames."""
-    flags, found = [*PLAIN, "--batch_size", 12, "--epochs", 2, *flags], []
+    flags, found = ["--batch_size", 12, "--epochs", 2, "--mask_padding"], []
     for parts, cores in ((1, 1), (4, 1), (1, 3)):
-        where, path = place(f"parts-{parts}-{cores}-{len(flags)}")
-        args = [*flags, *where, "--accumulate_steps", parts]
-        succeeded(server.run("train.py", *args, cores=cores))
+        name = f"parts-{parts}-{cores}"
+        process, path = run(name, *flags, "--accumulate_steps", parts, cores=cores)
+        succeeded(process)
         found.append(path)
     whole, *others = (models(path)["epoch_2"] for path in found)
-    for other in others:
+    for path, other in zip(found[1:], others):
         assert all(torch.allclose(whole[key], other[key], atol=1e-5, rtol=0) for key in whole)
-    for path in found[1:]:
         assert_close_losses(path, found[0], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_on_a_cpu(server, place, one, precision):
+def test_half_precision_on_a_cpu(run, one, precision):
     """Close to single precision, and yet not the same; the weights stay in single precision."""
-    flags, path = place(precision)
-    succeeded(server.run("train.py", *PLAIN, *flags, "--precision", precision))
+    process, path = run(precision, "--precision", precision)
+    succeeded(process)
     assert_close_losses(path, one["padded"], tolerance=0.03)
     assert epoch_losses(path) != epoch_losses(one["padded"])
     assert {weight.dtype for weight in last(path)["model"].values()} == {torch.float32}
@@ -438,8 +439,8 @@ WRONG_FLAGS += [f"--experiment_name {name}" for name in ("..", "a/b", "last.ckpt
 
 
 @pytest.fixture(scope="module")
-def attempts(server, place, folders, whole, tmp_path_factory):
-    """Runs that start from given weights, and runs to be refused: {name: process}, the weights."""
+def weights(whole, tmp_path_factory):
+    """A folder of models."""
     here = tmp_path_factory.mktemp("weights")
     torch.manual_seed(11)
     fitting = PackedAPC(D, 8, 2).state_dict()
@@ -452,35 +453,29 @@ def attempts(server, place, folders, whole, tmp_path_factory):
     for name, (shape, _) in MISFITS.items():
         torch.save(PackedAPC(**{"mel_dim": D, **shape}).state_dict(), here / name)
     shutil.copy(whole.path / f"first.try__epoch_{EPOCHS}.model", here / "run")
-    jobs = {
-        **{name: flags for name, (flags, _) in REFUSED.items()},
-        **{name: f"--init_checkpoint {{}}/{name}" for name in ("fitting", "parallel")},
-        "run": "--init_checkpoint {}/run --prenet_num_layers 1",
-    }
-    for name, flags in jobs.items():
-        paths = [*place(name)[0], "--librispeech_path", folders.path, "--epochs", 1]
-        jobs[name] = [*PLAIN, *paths, *flags.format(here).split()]
-    return server.run_all("train.py", jobs), here
+    return here
 
 
 @pytest.mark.parametrize("name", ["fitting", "parallel", "run"])
-def test_init_checkpoint_gives_the_initial_weights(attempts, place, name):
+def test_init_checkpoint_gives_the_initial_weights(run, weights, name):
     """Of bare weights that say nothing of residual connections: the flags define the model."""
-    processes, here = attempts
-    succeeded(processes[name])
-    given = torch.load(here / name.replace("parallel", "fitting"), weights_only=True)
-    found = models(place(name)[1])
+    prenet = ["--prenet_num_layers", int(name == "run")]
+    process, path = run(name, "--init_checkpoint", weights / name, "--epochs", 1, *prenet)
+    succeeded(process)
+    given = torch.load(weights / name.replace("parallel", "fitting"), weights_only=True)
+    found = models(path)
     assert same(found["epoch_0"], given)
     assert not any(torch.equal(found["epoch_1"][k], given[k]) for k in given)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_trained_is_refused(attempts, place, name):
+def test_what_cannot_be_trained_is_refused(run, folders, weights, name):
     """And leaves the name free: else the mended command would be refused, too."""
-    processes, here = attempts
-    assert REFUSED[name][1].format(here) in error_line(processes[name], "train.py")
-    assert not place(name)[1].exists()
-    assert not (here / "marker").exists()  # of the hostile file
+    flags, words = (text.format(weights) for text in REFUSED[name])
+    process, path = run(name, "--librispeech_path", folders.path, *flags.split())
+    assert words in error_line(process, "train.py")
+    assert not path.exists()
+    assert not (weights / "marker").exists()  # of the hostile file
 
 
 @pytest.mark.parametrize("flags", WRONG_FLAGS)
@@ -636,28 +631,19 @@ NOT_RESUMED = {  # name: (flags, what the error names)
 }
 
 
-@pytest.fixture(scope="module")
-def not_resumed(server, copy, corpus, tmp_path_factory):
-    """{name: (process, folder before, folder after)}"""
-    # As many utterances and frames: the lengths of two have changed.
-    other = tmp_path_factory.mktemp("other")
-    make_folder(other / "train-clean-360", [*TRAIN[:-2], 23, 16], D, SEQ_LEN)
-    (other / "dev-clean").symlink_to(corpus.path / "dev-clean")
-    copies, jobs, before = {name: copy() for name in NOT_RESUMED}, {}, {}
-    for name, (flags, path) in copies.items():
-        damage(path, name)
-        before[name] = snapshot(path)
-        jobs[name] = [*flags, *(str(flag).format(other) for flag in NOT_RESUMED[name][0])]
-    done = server.run_all("train.py", jobs)
-    return {name: (done[name], before[name], snapshot(copies[name][1])) for name in jobs}
-
-
 @pytest.mark.parametrize("name", NOT_RESUMED)
-def test_what_does_not_fit_is_not_resumed(not_resumed, name):
+def test_what_does_not_fit_is_not_resumed(server, copy, corpus, tmp_path, name):
     """And stays as it was: also, nothing in a checkpoint is executed."""
-    process, before, after = not_resumed[name]
-    assert NOT_RESUMED[name][1] in error_line(process, "train.py")
-    assert after == before
+    # As many utterances and frames: the lengths of two have changed.
+    make_folder(tmp_path / "train-clean-360", [*TRAIN[:-2], 23, 16], D, SEQ_LEN)
+    (tmp_path / "dev-clean").symlink_to(corpus.path / "dev-clean")
+    flags, path = copy()
+    damage(path, name)
+    before = snapshot(path)
+    others, words = NOT_RESUMED[name]
+    others = [str(flag).format(tmp_path) for flag in others]
+    assert words in error_line(server.run("train.py", *flags, *others), "train.py")
+    assert snapshot(path) == before
 
 
 def test_keep_epochs_keeps_the_newest_and_the_best(server, tmp_path):
@@ -752,27 +738,16 @@ DIVERGING = {  # name: (flags, words of the error)
 }
 
 
-@pytest.fixture(scope="module")
-def diverging(server, place, bad_data):
-    jobs = {}
-    for name, (precision, data) in BAD_BATCHES.items():
-        jobs[name] = ["--librispeech_path", bad_data[data], "--precision", precision]
-        jobs[name] += ["--epochs", 2]
-    for name, (flags, _) in DIVERGING.items():
-        data = ["--librispeech_path", bad_data["all"], "--epochs", 4] if "bad-data" in name else []
-        jobs[name] = [*data, *flags.split()]
-    jobs = {name: [*PLAIN, *place(name)[0], *flags] for name, flags in jobs.items()}
-    return jobs, server.run_all("train.py", jobs)
-
-
 def bad_steps(path):
     return [entry["step"] for entry in metrics(path)[0] if entry["training_loss"] is None]
 
 
 @pytest.mark.parametrize("name", BAD_BATCHES)
-def test_bad_batch_is_skipped_and_counted(diverging, place, name):
-    path = place(name)[1]
-    assert "utt-002" in succeeded(diverging[1][name]).stderr
+def test_bad_batch_is_skipped_and_counted(run, bad_data, name):
+    precision, data = BAD_BATCHES[name]
+    flags = ["--librispeech_path", bad_data[data], "--precision", precision, "--epochs", 2]
+    process, path = run(name, *flags)
+    assert "utt-002" in succeeded(process).stderr
     bad = bad_steps(path)
     assert [step // BATCHES for step in bad] == [0, 1], "one in every epoch"
     counts = [sum(b <= step for b in bad) for step in range(2 * BATCHES)]
@@ -780,27 +755,21 @@ def test_bad_batch_is_skipped_and_counted(diverging, place, name):
     assert [int(count) for _, count in scalars(path)["while training/skipped steps"]] == counts
     assert all(math.isfinite(loss) for losses in epoch_losses(path) for loss in losses)
     assert all(is_finite(model) for model in models(path).values())
-
-
-@pytest.mark.parametrize("name", ["target", "target-scaled"])
-def test_skipped_step_leaves_no_trace(server, diverging, place, name):
-    """Neither in the weights nor in the optimizer."""
-    bad, jobs = bad_steps(place(name)[1])[0], {}
-    for step in (bad, bad + 1):
-        flags = [*place(f"{name}-{step}")[0][-2:], "--max_steps", step]
-        jobs[f"{name}-{step}"] = [*diverging[0][name], *flags]
-    processes = server.run_all("train.py", jobs)
-    before, after = (last(place(job)[1]) for job in jobs if succeeded(processes[job]))
-    assert after["state"]["skipped"] == before["state"]["skipped"] + 1
-    assert same(before["model"], after["model"])
-    states = [saved["optimizer"]["state"].values() for saved in (before, after)]
-    assert states[0] and all(same(old, new) for old, new in zip(*states))
+    if data == "target":  # the step leaves no trace, neither in the weights nor in the optimizer
+        runs = [run(f"{name}-{step}", *flags, "--max_steps", step) for step in (bad[0], bad[0] + 1)]
+        before, after = (last(path) for process, path in runs if succeeded(process))
+        assert after["state"]["skipped"] == before["state"]["skipped"] + 1
+        assert same(before["model"], after["model"])
+        states = [saved["optimizer"]["state"].values() for saved in (before, after)]
+        assert states[0] and all(same(old, new) for old, new in zip(*states))
 
 
 @pytest.mark.parametrize("name", DIVERGING)
-def test_divergence_ends_the_run_and_saves_nothing_but_numbers(diverging, place, name):
-    process, path = diverging[1][name], place(name)[1]
-    assert DIVERGING[name][1] in error_line(process, "train.py")
+def test_divergence_ends_the_run_and_saves_nothing_but_numbers(run, bad_data, name):
+    flags, words = DIVERGING[name]
+    data = ["--librispeech_path", bad_data["all"], "--epochs", 4] if name == "bad-data" else []
+    process, path = run(name, *data, *flags.split())
+    assert words in error_line(process, "train.py")
     assert all(is_finite(model) for model in models(path).values())
     assert is_finite(last(path)["model"]) and is_finite(last(path)["optimizer"])
     if "bad-data" in name:
@@ -847,29 +816,28 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(server, place
     succeeded(server.run("train.py", *PLAIN, *flags, "--max_steps", 1, "--resume"))
 
 
-def test_data_prepared_otherwise_under_the_same_name_are_not_resumed(server, corpus, tmp_path):
+def test_data_prepared_otherwise_under_the_same_name_are_not_resumed(run, corpus, tmp_path):
     shutil.copytree(corpus.path, tmp_path / "data")
     account = tmp_path / "data" / "train-clean-360" / "prepared.json"
+    flags = ["--librispeech_path", tmp_path / "data", "--resume", "--max_steps"]
     prepared = {"source": "audio", "path": "a", "cmvn": "speaker", "norm_vars": False}
     account.write_text(json.dumps(prepared))
-    flags = [*PLAIN, "--librispeech_path", tmp_path / "data", "--store_path", tmp_path]
-    flags += ["--experiment_name", "foo", "--resume"]
-    succeeded(server.run("train.py", *flags, "--max_steps", 2))
+    succeeded(run("otherwise", *flags, 2)[0])
     account.write_text(json.dumps(prepared | {"norm_vars": True}))
-    line = error_line(server.run("train.py", *flags, "--max_steps", 4), "train.py")
+    line = error_line(run("otherwise", *flags, 4)[0], "train.py")
     assert "settings) were [21, 382, " in line and "last.ckpt" in line
     account.write_text(json.dumps(prepared | {"path": "moved"}))
     # What the advice about memory asks for may change.
-    succeeded(server.run("train.py", *flags, "--max_steps", 4, "--accumulate_steps", 2))
+    succeeded(run("otherwise", *flags, 4, "--accumulate_steps", 2)[0])
 
 
-def test_validation_utterance_that_is_not_finite_is_named(server, corpus, tmp_path):
+def test_validation_utterance_that_is_not_finite_is_named(run, corpus, tmp_path):
     """The first one, which is drawn all the same."""
     shutil.copytree(corpus.path, tmp_path / "data")
     file = tmp_path / "data/dev-clean/utt-000.pt"
     frames = torch.load(file, weights_only=True)
     frames[2, 3], frames[4, 5] = math.nan, math.inf
     torch.save(frames, file)
-    flags = [*PLAIN, "--librispeech_path", tmp_path / "data", "--store_path", tmp_path]
-    stderr = succeeded(server.run("train.py", *flags, "--epochs", 1)).stderr
+    flags = ["--librispeech_path", tmp_path / "data", "--epochs", 1]
+    stderr = succeeded(run("bad-validation", *flags)[0]).stderr
     assert re.search(r"validation: .*utt-000", stderr)
