@@ -316,10 +316,10 @@ def train_epoch(run: Run) -> None:
     run.model.train()
     args, state, loader = run.args, run.state, run.train_loader
     loader.batch_sampler.set_epoch(state["epoch"], state["batch"])
-    place = {"total": len(loader.batch_sampler), "initial": state["batch"], "unit": "step"}
-    place["mininterval"] = 0.1 if sys.stderr.isatty() else 30  # seconds
+    options = {"total": len(loader.batch_sampler), "initial": state["batch"], "unit": "step"}
+    options["mininterval"] = 0.1 if sys.stderr.isatty() else 30  # seconds
     epoch = f"epoch {state['epoch'] + 1}"
-    with tqdm(batches(run, loader), epoch, **place, disable=run.rank > 0) as bar:
+    with tqdm(batches(run, loader), epoch, **options, disable=run.rank > 0) as bar:
         start = time.perf_counter()
         for batch in bar:
             sums, norm = train_step(run, batch)
