@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,6 @@ def build_loader(
 
 
 def _prepare_worker(_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a script's own handler
     # A batch that cannot be handed over, for lack of memory or descriptors, would be lost, and the
     # main process would wait for it for ever; that of a dead worker is noticed.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
@@ -317,9 +317,12 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     Raises (also from the iterator):
         UserError: an utterance cannot be used, or a worker process cannot go on.
     """
-    # Signals that reach a whole process group are for the main process: workers inherit that these
-    # are blocked. SIGTERM can still end them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+    # Signals that reach a whole process group are for the main process: workers, and the process
+    # by which Python keeps track of what they share, inherit that these are blocked.
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    resource_tracker.ensure_running()  # which unblocks two of them
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         iterator = iter(loader)
     except (OSError, RuntimeError) as error:

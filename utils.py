@@ -1,4 +1,4 @@
-"""What every script shares: configurations, errors, seeds, devices, processes, whole files."""
+"""What every script shares: configurations, errors, devices, processes, whole files."""
 
 import argparse
 import collections
@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import random
 import re
 import signal
 import sys
@@ -23,7 +22,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -147,14 +145,7 @@ def check_utt_id(utt_id: str | bytes, where: str) -> str:
     return utt_id
 
 
-# Seeds, devices, processes ------------------------------------------------------------------------
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+# Devices, processes -------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,11 +9,11 @@ machine, and is for CPUs alone.
 
 import argparse
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
-from types import SimpleNamespace
-from unittest import mock
+import tempfile
 
 import torch
 
@@ -47,10 +47,12 @@ def busy_processes(count):
 def main():
     args = build_parser().parse_args()
     common.start()
-    flags = train.parse_args(["--device", "cpu", "--rnn_residual"])
-    data = SimpleNamespace(seq_len=FRAMES)
-    run = train.set_up(flags, "", data, None, 0, 1, torch.device("cpu"))
-    inputs = torch.randn(UTTERANCES, FRAMES, flags.feature_dim)
+    with tempfile.TemporaryDirectory() as folder:
+        common.make_folder(os.path.join(folder, "data"), [FRAMES], max_seq_len=FRAMES)
+        flags = ["--librispeech_path", folder, "--train_split", "data", "--valid_split", "data"]
+        flags = train.parse_args([*flags, "--rnn_residual"])
+        run = train.Run(flags, "", set(), 0, 1, torch.device("cpu"))
+    inputs = torch.randn(UTTERANCES, FRAMES, run.model.mel_dim)
     lengths = torch.full((UTTERANCES,), FRAMES)
     batch = train.Batch(inputs, lengths, [], UTTERANCES, UTTERANCES * FRAMES)
 
@@ -62,15 +64,17 @@ def main():
         return [function(*parts)]
 
     quiet = None
-    ways = {"a share for each core": None, "one share, OpenMP's threads": in_one_share}
-    for way, function in ways.items():
-        with mock.patch("train.on_each_core", function or train.on_each_core):
-            for count, beside in enumerate(("quiet", "one busy process", "two busy processes")):
-                with busy_processes(count):
-                    speed = frames_per_second()
-                quiet = quiet or speed
-                ratio, absolute = f"{speed / quiet:.2f}", f"{speed:.0f} frames/s"
-                common.row(f"step, {way}, {beside}", "quiet, a share each", ratio, absolute)
+    ways = {
+        "a share for each core": run.on_each_share,
+        "one share, OpenMP's threads": in_one_share,
+    }
+    for way, run.on_each_share in ways.items():
+        for count, beside in enumerate(("quiet", "one busy process", "two busy processes")):
+            with busy_processes(count):
+                speed = frames_per_second()
+            quiet = quiet or speed
+            ratio, absolute = f"{speed / quiet:.2f}", f"{speed:.0f} frames/s"
+            common.row(f"step, {way}, {beside}", "quiet, a share each", ratio, absolute)
 
 
 if __name__ == "__main__":

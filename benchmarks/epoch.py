@@ -12,13 +12,11 @@ import os
 import statistics
 import tempfile
 from functools import partial
-from unittest import mock
 
 import numpy as np
 
 import common
 import train
-from datasets import Utterances
 from utils import choose_device
 
 
@@ -38,7 +36,7 @@ def build_parser():
 def bare_steps(run, batches):
     for inputs, lengths, _ in batches:
         inputs, lengths = inputs.to(run.device), lengths.to(run.device)
-        common.bare_step(run.model, run.optimizer, inputs, lengths, run.data.seq_len)
+        common.bare_step(run.model, run.optimizer, inputs, lengths, run.seq_len)
 
 
 def run_epochs(folder, corpus, count, device, bare=False, flags=()):
@@ -50,20 +48,16 @@ def run_epochs(folder, corpus, count, device, bare=False, flags=()):
         + ["--rnn_residual", "--device", device.type, *flags]
     )
     with common.quiet():
-        data, no_signals = train.open_data(args), mock.Mock(received=set())
-        run = train.set_up(args, path, data, no_signals, 0, 1, device)
+        run = train.Run(args, path, set(), 0, 1, device)
         train.open_folder(run)
-        loader = train.data_loader(run, data.train_set, shuffle=True)
-        valid_loader = train.data_loader(run, Utterances([data.valid_set]), shuffle=False)
         for _ in range(count):
             if bare:  # on the batches that the epoch will have
-                loader.batch_sampler.set_epoch(run.state["epoch"])
-                batches = list(loader)
+                run.train_loader.batch_sampler.set_epoch(run.state["epoch"])
+                batches = list(run.train_loader)
                 frames.append(sum(int(lengths.sum()) for _, lengths, _ in batches))
                 bare_epochs.append(common.clock(partial(bare_steps, run, batches), device))
-            epochs.append(common.clock(partial(train.train_epoch, run, loader), device))
-            end = partial(train.end_epoch, run, loader, valid_loader)
-            ends.append(common.clock(end, device))
+            epochs.append(common.clock(partial(train.train_epoch, run), device))
+            ends.append(common.clock(partial(train.end_epoch, run), device))
     return epochs, ends, bare_epochs, frames
 
 

@@ -79,9 +79,7 @@ def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor
         if paras.get("vq"):
             raise UserError(f"{path}: is a VQ-APC model, which is not supported, only plain APC")
         flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
-        if flags["rnn_residual"] and paras["hidden_size"] == sound["feat_dim"]:
-            # Its residual connections never reach the first layer; ours would.
-            raise UserError(f"{path}: residual with hidden_size = feat_dim is another model here")
+        flags["residual_first"] = False  # its residual connections never reach the first layer
         feat_type = sound.pop("feat_type")
         if feat_type != "fbank":
             raise UserError(f"{path}: features are {feat_type!r}, expected 'fbank'")

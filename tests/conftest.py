@@ -140,7 +140,7 @@ VALID = [20, 9, 30, 13, 26]  # in both, one utterance is left over for the last 
 BATCHES, EPOCHS = 6, 3
 STEPS = EPOCHS * BATCHES
 PLAIN = [
-    *("--feature_dim", D, "--rnn_hidden_size", 8, "--rnn_num_layers", 2, "--rnn_residual"),
+    *("--rnn_hidden_size", 8, "--rnn_num_layers", 2, "--rnn_residual"),
     *("--time_shift", 2, "--batch_size", 4, "--learning_rate", 0.01, "--epochs", EPOCHS),
     *("--device", "cpu", "--load_data_workers", 0),
 ]

@@ -93,16 +93,12 @@ class Server:
     def run(self, script, *args, **kw):
         return self.start(script, *args, **kw).wait()
 
-    def run_all(self, script, jobs, record=None):
-        """{name: arguments} -> {name: finished process}, two at a time.
-
-        `record` is a folder, which receives <name>.fed of every process.
-        """
+    def run_all(self, script, jobs):
+        """{name: arguments} -> {name: finished process}, two at a time."""
         processes = {}
         for name, args in jobs.items():
             comes_true(lambda: sum(p.returncode is None for p in processes.values()) < 2)
-            file = record and Path(record) / f"{name}.fed"
-            processes[name] = self.start(script, *args, record=file)
+            processes[name] = self.start(script, *args)
         for process in processes.values():
             process.wait()
         return processes
@@ -252,6 +248,7 @@ def serve():
     """Fork a process for each order on stdin; in that process, return the order."""
     import kaldi_native_fbank  # noqa: F401
     import kaldiio  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import PIL.Image
     import soundfile  # noqa: F401
     import torch._dynamo  # which torch's optimizers import when the first one is made

@@ -262,11 +262,11 @@ def test_a_worker_that_dies_is_noticed_within_seconds(two_folders):
         except UserError as error:
             return str(error)
 
-    runs = [start(), start(), start()]
+    runs = [start(), start()]
     dataset.ids[5] = Unsendable()
     runs.append(start())
     readers, workers = zip(*runs)
-    signals = [signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM], [signal.SIGKILL], []
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], [signal.SIGKILL], []
     for worker, numbers in zip(workers, signals):
         for number in numbers:
             os.kill(worker, number)
