@@ -307,7 +307,6 @@ MISSING = object()
         ("config model", [MISSING]),
         ("config model paras", [MISSING, None]),
         ("config model paras residual", [MISSING]),
-        ("config model paras hidden_size", [MEL]),  # the first layer would be residual here
         ("config model paras vq", [{"codebook_size": [128], "code_dim": [HIDDEN]}]),
         ("config model paras dropout", ["some"]),
         ("model", [None, {}, {1: torch.zeros(2)}]),
@@ -330,9 +329,14 @@ def test_what_is_missing_or_invalid_ends_in_one_line(tmp_path, refuse, keys, val
 
         s3prl_file(tmp_path / "apc.ckpt", edit=edit)
         line = refuse(tmp_path / "apc.ckpt", "--to_s3prl", tmp_path / "out.ckpt")
-        is_named = value is MISSING or last in ("vq", "hidden_size")
+        is_named = value is MISSING or last == "vq"
         assert "apc.ckpt" in line and (not is_named or last.split(".")[-1] in line.lower())
         assert os.listdir(tmp_path) == ["apc.ckpt"]
+
+
+def test_a_first_layer_that_would_be_residual_here_is_refused(tmp_path, refuse):
+    s3prl_file(tmp_path / "apc.ckpt", {"hidden_size": MEL})
+    assert "another model in s3prl" in refuse(tmp_path / "apc.ckpt")
 
 
 # Writing ------------------------------------------------------------------------------------------
