@@ -1,4 +1,4 @@
-"""Write the features that a trained APC model makes of speech.
+"""Extract features from speech with a trained APC model.
 
     python extract_features.py --checkpoint logs/foo.dir/foo__epoch_100.model \\
         --data_dir data/dev-clean --save_dir features/dev-clean
@@ -97,14 +97,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("utt2spk", "ids_from_paths", "resample", "channel"):
         if args.audio is None and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is for --audio: a prepared folder is as it is")
+            parser.error(f"--{name} is for --audio, not for a prepared folder")
     if args.format == "ark":
         if args.layer == "all" or "," in args.layer:
             parser.error(f"--format ark holds matrices, but --layer {args.layer} gives several")
         if args.dtype != "float32":
-            parser.error("--format ark: Kaldi has no float16: leave --dtype float32")
+            parser.error("--format ark: Kaldi has no float16: use --dtype float32")
         if args.resume:
-            parser.error("--format ark cannot be resumed: extract anew, or use --format npy")
+            parser.error("--format ark cannot be resumed: start over, or use --format npy")
     return args
 
 
@@ -131,8 +131,8 @@ def choose_layers(name: str, num_layers: int) -> Callable[[Tensor], Tensor]:
 class AudioFiles(data.Dataset):
     """--audio, treated as the model's training data were: log-Mel utterances, never cut.
 
-    All files are read once beforehand, for what is wrong with one and for CMVN statistics, and then
-    again as they are asked for. Items and attributes are those of LibriSpeech, but the tensors are
+    All files are read once beforehand, to find bad ones and for CMVN statistics, and then again as
+    they are asked for. Items and attributes are those of LibriSpeech, but the tensors are
     as long as the utterances.
 
     Args:
@@ -417,7 +417,7 @@ def wait_for_others(world_size: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup_logging()
-    # The first process that is done may have to wait for long.
+    # The first process to finish may have to wait a long time for the others.
     rank, world_size, device = start_processes(args.device, timeout=datetime.timedelta(days=365))
     with report_machine_errors(device, rank, world_size, "lower --batch_size"):
         run(args, rank, world_size, device)

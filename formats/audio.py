@@ -74,7 +74,8 @@ def find_audio(
         The recordings, sorted by id, and "path: why" of everything that was left out.
 
     Raises:
-        UserError: nothing at root, no audio there, one id twice, an id that is no file name.
+        UserError: nothing at root, no audio there, two files with one id, an id that cannot be a
+            file name.
         OSError: a folder that cannot be read.
     """
     root = os.fspath(root)
@@ -300,7 +301,7 @@ def read_blocks(
         recording: a whole file or a stretch of it.
         sample_rate: expected, Hz.
         resample: convert other rates (soxr, high quality).
-        channel: which of several channels to read, from 0; None if there is to be one.
+        channel: which of several channels to read, from 0; None: the file must have only one.
 
     Raises:
         BadUtterance: another sampling rate, several channels, a file that cannot be decoded or is
