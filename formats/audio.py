@@ -24,12 +24,11 @@ from formats import kaldi
 from formats.fbank import FULL_SCALE, fbank_blocks
 from utils import BadUtterance, UserError, check_utt_id, not_negative
 
-DECODED = ".wav .flac .sph .nist .aiff .aif .aifc .au .snd .mp3 .ogg .oga .opus"
-# Audio too: refused, not left out.
-UNKNOWN = ".w64 .rf64 .caf .shn .m4a .mp4 .aac .wma .webm .amr .ape .mka"
+DECODED = ".wav .flac .sph .nist .aiff .aif .aifc .au .snd .w64 .rf64 .caf .mp3 .ogg .oga .opus"
+UNKNOWN = ".shn .m4a .mp4 .aac .wma .webm .amr .ape .mka"  # audio too: refused, not left out
 AUDIO_ENDINGS = frozenset(f"{DECODED} {UNKNOWN}".split())
 # libsndfile's names of the formats whose length can be checked.
-FORMATS = ["WAV", "WAVEX", "AIFF", "AU", "NIST", "FLAC", "MP3", "OGG"]
+FORMATS = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "MP3", "OGG"]
 BLOCK_SIZE = 1 << 20  # samples at a time
 LOUDEST = 8  # times full scale, of floating-point samples; decoders overshoot, but not so far
 
@@ -40,6 +39,7 @@ class Recording(NamedTuple):
     utt_id: str
     path: str
     speaker: str | None = None  # None if that is not known
+    channel: int | None = None  # of several, from 0
     start: float = 0.0  # seconds
     end: float | None = None
 
@@ -145,8 +145,26 @@ def speakers_of(recordings: list[Recording]) -> dict[str, str]:
 
 # Whether a file is whole --------------------------------------------------------------------------
 
-# Files made of chunks, by their first bytes: the order of a size's bytes, the samples' chunk.
-CHUNKS = {b"RIFF": ("little", b"data"), b"RIFX": ("big", b"data"), b"FORM": ("big", b"SSND")}
+
+class Chunks(NamedTuple):
+    """How a file made of chunks is laid out: sizes in bytes."""
+
+    start: int  # of the first chunk
+    name_size: int  # of a chunk's name
+    size_size: int  # of its size
+    order: str  # of the bytes of that
+    align: int  # what chunks are padded to
+    samples: bytes  # the first bytes of the name of the chunk that holds them
+
+
+CHUNKS = {  # by a file's first bytes
+    b"RIFF": Chunks(12, 4, 4, "little", 2, b"data"),
+    b"RIFX": Chunks(12, 4, 4, "big", 2, b"data"),
+    b"RF64": Chunks(12, 4, 4, "little", 2, b"data"),
+    b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND"),  # AIFF
+    b"caff": Chunks(8, 4, 8, "big", 1, b"data"),
+    b"riff": Chunks(40, 16, 8, "little", 8, b"data"),  # Wave64, whose sizes count a chunk's head
+}
 KILOBITS = {  # of MPEG layer III by version: 1, 2 (and 2.5)
     True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -172,7 +190,7 @@ def check_is_whole(file: BinaryIO, path: str) -> float:
     file_size = os.fstat(file.fileno()).st_size
     stated, held, unit, least = None, 0, "bytes of samples", 0
     if magic[:4] in CHUNKS:
-        stated, held = _chunk_size(file, *CHUNKS[magic[:4]], file_size, path)
+        stated, held = _chunk_size(file, magic[:4], file_size, path)
     elif magic[:4] in (b".snd", b"dns."):  # AU: where the samples start, how many bytes
         order = ">" if magic[:4] == b".snd" else "<"
         start, stated = struct.unpack(f"{order}II", magic[4:].ljust(8, b"\0"))
@@ -206,19 +224,25 @@ def _undecodable(path, kind, command):
     return BadUtterance(f"{path}: {kind} is not supported: convert it with: {command}")
 
 
-def _chunk_size(file, order, wanted, file_size, path):
+def _chunk_size(file, magic, file_size, path):
     """-> bytes of samples by the header, bytes that are there."""
-    start = 12
+    layout = CHUNKS[magic]
+    start, size_64 = layout.start, None
     while True:
         file.seek(start)
-        header = file.read(8)
-        if len(header) < 8:
+        head = file.read(layout.name_size + layout.size_size)
+        if len(head) < layout.name_size + layout.size_size:
             raise BadUtterance(f"{path}: truncated: ends within its header")
-        size = int.from_bytes(header[4:], order)
-        start += 8
-        if header[:4] == wanted:
-            return size, file_size - start
-        start += size + size % 2
+        size = int.from_bytes(head[layout.name_size :], layout.order)
+        if magic == b"riff":
+            size = max(size - len(head), 0)
+        start += len(head)
+        if head.startswith(layout.samples):
+            # RF64, for files over 4 GiB, has the size elsewhere.
+            return size_64 if magic == b"RF64" and size_64 else size, file_size - start
+        if head.startswith(b"ds64"):  # sizes of the file, of the samples
+            size_64 = int.from_bytes(file.read(16)[8:], "little")
+        start += size + -size % layout.align
 
 
 def _sphere_size(file, file_size, path):
@@ -301,7 +325,7 @@ def read_blocks(
         recording: a whole file or a stretch of it.
         sample_rate: expected, Hz.
         resample: convert other rates (soxr, high quality).
-        channel: which of several channels to read, from 0; None: the file must have only one.
+        channel: which of several channels to read, from 0; None: the recording's, if it says.
 
     Raises:
         BadUtterance: another sampling rate, several channels, a file that cannot be decoded or is
@@ -316,16 +340,18 @@ def read_blocks(
         with open(path, "rb") as file:
             least = check_is_whole(file, path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be UTF-8
+            if channel is None:
+                channel = 0 if file.channels == 1 else recording.channel
             problems = {}  # by the flag that helps
             if file.samplerate != sample_rate and not resample:
                 found = f"sampling rate {file.samplerate} Hz, expected {sample_rate:g} Hz"
                 problems["--resample"] = found
-            if channel is None and file.channels > 1:
+            if channel is None:
                 problems["--channel K, from 0"] = f"{file.channels} channels, expected 1"
             if problems:
                 found, flags = "; ".join(problems.values()), " and ".join(problems)
                 raise BadUtterance(f"{path}: {found}: convert with {flags}")
-            blocks = _decode(file, recording, channel or 0, least)
+            blocks = _decode(file, recording, channel, least)
             if file.samplerate != sample_rate:
                 blocks = _resample(blocks, file.samplerate, sample_rate)
             yield from blocks

@@ -9,7 +9,7 @@ A file's ending and its first bytes tell what it is, never trial and error:
     text dump       "utt_id\\n", a line of decimals for each frame, ".\\n"  (the original release)
     text archive    "utt_id  [\\n", a line of decimals for each frame, the last ends with "]"
     binary archive  "utt_id \\0B" and a matrix of floats, doubles, or compressed
-    .scp            "utt_id file:offset" on each line, of binary archives
+    .scp            "utt_id file:offset" on each line
 """
 
 import contextlib
@@ -369,7 +369,10 @@ def read_scp_line(
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            frames = read_matrix(file, f"{name}: byte {offset}")
+            is_binary = file.read(2) == b"\0B"
+            file.seek(offset)
+            read = read_matrix if is_binary else read_text_matrix
+            frames = read(file, f"{name}: byte {offset}")
     except OSError as error:
         raise UserError(f"{name}: {error.strerror} (paths are relative to where you are)") from None
     if rows:
@@ -379,6 +382,22 @@ def read_scp_line(
             raise UserError(f"{name}: byte {offset}: rows {first}:{last} of {len(frames)}")
         frames = frames[first : last + 1]
     return check_frames(utt_id, frames, where)
+
+
+def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
+    """A text archive's matrix, " [ ... ]", at a file's position -> (T, D)."""
+    text = new = file.read(1 << 16)
+    while new and b"]" not in new and text.lstrip().startswith(b"["):
+        new = file.read(len(text))
+        text += new
+    body, end, _ = text.partition(b"]")
+    if not body.lstrip().startswith(b"[") or not end:
+        raise UserError(f"{where}: expected a matrix, binary or in brackets, found {quote(text)}")
+    rows = [line.split() for line in body.replace(b"[", b"", 1).splitlines() if line.strip()]
+    try:
+        return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 0))
+    except ValueError:
+        raise UserError(f"{where}: expected rows of numbers, all of one length") from None
 
 
 # Kaldi's tables -----------------------------------------------------------------------------------
@@ -419,23 +438,28 @@ def read_utt2spk(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_data_dir(path: str) -> list[tuple]:
-    """A data directory: wav.scp, and segments and utt2spk if there are any.
+    """A data directory: wav.scp; segments, utt2spk, reco2file_and_channel if there are any.
 
     Returns:
-        (utterance id, audio file, speaker or None, start, end or None) of each utterance, sorted
-        by id; times in seconds.
+        (utterance id, audio file, speaker or None, channel or None, start, end or None) of each
+        utterance, sorted by id; times in seconds.
 
     Raises:
         UserError: by file and line, what is wrong; a pipe, which would run a command.
     """
+
+    def read(name, *columns):
+        file = os.path.join(path, name)
+        return read_table(file, *columns) if os.path.exists(file) else {}
+
     files = read_table(os.path.join(path, "wav.scp"), "a recording", "its file", maxsplit=1)
-    segments, utt2spk = (os.path.join(path, name) for name in ("segments", "utt2spk"))
-    table = {recording: ([recording, "0", "-1"], where) for recording, (_, where) in files.items()}
-    if os.path.exists(segments):
-        table = read_table(segments, "an utterance", "a recording", "its start", "its end")
-    speakers = read_utt2spk(utt2spk) if os.path.exists(utt2spk) else {}
+    speakers = read("utt2spk", "an utterance", "a speaker")
+    channels = read("reco2file_and_channel", "a recording", "a file", "a channel")
+    segments = read("segments", "an utterance", "a recording", "its start", "its end") or {
+        recording: ([recording, "0", "-1"], where) for recording, (_, where) in files.items()
+    }
     rows = []
-    for utt_id, ((recording, start, end), where) in sorted(table.items()):
+    for utt_id, ((recording, start, end), where) in sorted(segments.items()):
         check_utt_id(utt_id, where)
         if recording not in files:
             raise UserError(f"{where}: utterance {utt_id}: {recording} is not in wav.scp")
@@ -451,7 +475,14 @@ def read_data_dir(path: str) -> list[tuple]:
             start = end = math.nan
         if not (0 <= start < end < math.inf or 0 <= start < math.inf and end == -1):
             raise UserError(f"{where}: utterance {utt_id}: expected 0 <= start < end, in seconds")
-        rows.append((utt_id, file, speakers.get(utt_id), start, None if end == -1 else end))
+        channel = None
+        if recording in channels:
+            (_, letter), where = channels[recording]
+            if not re.fullmatch("[A-Za-z]", letter):
+                raise UserError(f"{where}: expected a channel A, B, ..., found {quote(letter)}")
+            channel = ord(letter.upper()) - ord("A")
+        (speaker,), _ = speakers.get(utt_id, ((None,), None))
+        rows.append((utt_id, file, speaker, channel, start, None if end == -1 else end))
     if not rows:
         raise UserError(f"{path}: holds no utterances")
     return rows

@@ -242,21 +242,27 @@ def test_scp(tmp_path, monkeypatch):
     assert_same(read(write(tmp_path / "r.scp", text.replace(f"{folder}/", ""))), shuffled)
 
 
-def test_rows_in_an_scp(tmp_path):
+def test_rows_and_text_archives_in_an_scp(tmp_path):
     """As copy-feats reads them: both ends of a range are in it; it may end a little late."""
-    frames, ark, text = exact(20), tmp_path / "a.ark", tmp_path / "text.ark"
-    kaldiio.save_ark(str(ark), {"one": exact(4), "two": frames})
-    offset = ark.read_bytes().index(b"two ") + 4
-    lines = [f"whole {ark}:{offset}", f"part {ark}:{offset}[3:9]"]
-    lines += [f"row {ark}:{offset}[0:0]", f"late {ark}:{offset}[5:22]"]
-    found = read(write(tmp_path / "feats.scp", "\n".join(lines)))
-    expected = {"whole": frames, "part": frames[3:10], "row": frames[:1], "late": frames[5:]}
-    assert_same(found, expected)
-    for rows in ("[5:23]", "[20:20]", "[9:3]"):
-        message = refusal(write(tmp_path / "feats.scp", f"utX {ark}:{offset}{rows}\n"))
-        assert re.search(rf"scp:1: utterance utX: .*rows {rows[1:-1]} of 20", message)
-    write(text, copy_feats_text({"utX": frames}))
-    assert "not a binary" in refusal(write(tmp_path / "feats.scp", f"utX {text}:4\n"))
+    frames, binary, text = exact(20), tmp_path / "a.ark", tmp_path / "text.ark"
+    for path, is_text in ((binary, False), (text, True)):
+        kaldiio.save_ark(str(path), {"one": exact(4), "two": frames}, text=is_text)
+        offset = path.read_bytes().index(b"two ") + 4
+        lines = [f"whole {path}:{offset}", f"part {path}:{offset}[3:9]"]
+        lines += [f"row {path}:{offset}[0:0]", f"late {path}:{offset}[5:22]"]
+        found = read(write(tmp_path / "feats.scp", "\n".join(lines)))
+        expected = {"whole": frames, "part": frames[3:10], "row": frames[:1], "late": frames[5:]}
+        assert_same(found, expected)
+        for rows in ("[5:23]", "[20:20]", "[9:3]"):
+            message = refusal(write(tmp_path / "feats.scp", f"utX {path}:{offset}{rows}\n"))
+            assert re.search(rf"scp:1: utterance utX: .*rows {rows[1:-1]} of 20", message)
+    for content, reason in [("x 1 2\n", "in brackets"), (" [ 1 2\n 3 ]", "one length")]:
+        write(text, content)
+        assert reason in refusal(write(tmp_path / "feats.scp", f"utX {text}\n"))
+    write(text, " [\n" + "1 2\n" * 50000)  # without its end, over several blocks
+    assert "in brackets" in refusal(write(tmp_path / "feats.scp", f"utX {text}\n"))
+    write(text, " [\n" + "1 2\n" * 50000 + "]\n")
+    assert len(read(tmp_path / "feats.scp")[0][1]) == 50000
 
 
 def test_file_names_in_an_scp_need_not_be_text_but_ids_must(tmp_path):

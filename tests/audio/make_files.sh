@@ -4,7 +4,7 @@
 cd "$(dirname "$0")"
 glide='synth 0.4 sine 300:1500 synth 0.4 sine amod 7 gain -6'
 sox -R -n -r 16000 -b 16 -c 1 sox.wav $glide
-for kind in sph aiff au; do sox -R sox.wav sox.$kind; done
+for kind in sph aiff au w64; do sox -R sox.wav sox.$kind; done
 sox -R sox.wav -t wav - | cat > sox-pipe.wav
 sox -R sox.wav sox.s16
 ffmpeg="ffmpeg -y -loglevel error -bitexact"
