@@ -43,7 +43,7 @@ class Server:
         )
 
     def ask(self, **order):
-        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.write(json.dumps(order, default=str) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
@@ -77,15 +77,15 @@ class Server:
             Path(f"{output}.{stream}").touch()
         pid = self.ask(
             script=script,
-            args=[str(arg) for arg in args],
-            output=str(output),
-            env={name: str(value) for name, value in (env or {}).items()},
-            cwd=str(cwd or self.folder),
+            args=args,
+            output=output,
+            env=env or {},
+            cwd=cwd or self.folder,
             crash=crash,
             file_limit=file_limit,
             slow_disk=slow_disk,
             cores=cores,
-            record=str(record or ""),
+            record=record,
         )
         self.processes.append(Process(self, pid, output))
         return self.processes[-1]
@@ -282,7 +282,7 @@ def become(order):
     for number, name in files:
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(order["cwd"])
-    os.environ |= order["env"]
+    os.environ |= {name: str(value) for name, value in order["env"].items()}
     if order["crash"]:
         crash_at(*order["crash"])
     if order["file_limit"]:
@@ -293,7 +293,7 @@ def become(order):
     torch.set_num_threads(order["cores"])
     if order["record"]:
         record_forward(order["record"])
-    sys.argv = [order["script"], *order["args"]]
+    sys.argv = [order["script"], *map(str, order["args"])]
     try:
         if order["script"] == "torchrun":
             torch.distributed.run.main()
