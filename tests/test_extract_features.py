@@ -359,21 +359,17 @@ def test_a_killed_run_resumes(tmp_path, server, folder, model, whole):
 
 
 def test_resume_makes_what_is_missing(tmp_path, extract, model, folder, whole):
-    data, out = tmp_path / "data", tmp_path / "out"
-    shutil.copytree(folder[0], data)
-    table = pickle.loads((data / "lengths.pkl").read_bytes())
-    (data / "lengths.pkl").write_bytes(pickle.dumps(dict(list(table.items())[:5])))
-    argv = [model[0], data, out, "--resume"]
+    out = tmp_path / "out"
+    argv = [model[0], folder[0], out, "--resume"]
     succeeded(extract(*argv))  # of nothing: it begins
     before = times(out.iterdir())
     succeeded(extract(*argv))  # of a finished run: it touches nothing
     assert times(out.iterdir()) == before
-    (data / "lengths.pkl").write_bytes(pickle.dumps(table))  # more was prepared meanwhile
     (out / "utt-001.pt").unlink()
     (out / "utt-003.pt").write_bytes(b"")  # as a crash of the machine may leave it
     succeeded(extract(*argv))
     assert_equal(read(out), whole)
-    kept = [out / f"utt-{number}.pt" for number in ("000", "002", "004")]
+    kept = [path for path in before if path.stem not in ("utt-001", "utt-003")]
     assert times(kept) == {path: before[path] for path in kept}
 
 
@@ -512,24 +508,27 @@ def recordings(tmp_path_factory):
     return root
 
 
-def prepare(source, save_dir, *options, max_seq_len=200):
+def prepare(source, save_dir, *options):
     argv = ["--librispeech_from_audio", source, "--save_dir", save_dir, "--num_workers", 1]
-    prepare_data.main([*map(str, [*argv, "--max_seq_len", max_seq_len, *options])])
+    prepare_data.main([*map(str, [*argv, "--max_seq_len", 200, *options])])
     return save_dir
 
 
 @pytest.fixture(scope="module")
 def trained(recordings, tmp_path_factory):
-    """{name: (a model trained on the recordings cut to CUT frames, the same, prepared uncut)}."""
+    """{name: (a model trained on the recordings cut to CUT frames, the recordings uncut)}.
+
+    All models have the same weights.
+    """
     found = {}
     kinds = {cmvn: ["--cmvn", cmvn] for cmvn in CMVN_KINDS}
     kinds |= {"vars": ["--cmvn", "global", "--norm_vars"], "s3prl": ["--as_s3prl"]}
     for name, options in kinds.items():
         here = tmp_path_factory.mktemp(name)
-        cut = prepare(recordings, here / "cut", *options, max_seq_len=CUT)
-        made = json.loads((cut / "prepared.json").read_text())
-        write_model(here / "model" / "foo.model", [made], mel=80)
-        found[name] = here / "model" / "foo.model", prepare(recordings, here / "uncut", *options)
+        uncut = prepare(recordings, here / "uncut", *options)
+        made = json.loads((uncut / "prepared.json").read_text())
+        write_model(here / "foo.model", [made | {"max_seq_len": CUT}], mel=80)
+        found[name] = here / "foo.model", uncut
     return found
 
 
@@ -541,7 +540,7 @@ def test_audio_gives_what_preparing_it_gives(features, recordings, trained, monk
         found[cmvn] = features(checkpoint, recordings, "--audio", "--batch_size", 3)
         assert_close(found[cmvn], expected)
         assert len(expected["84-121-0002"]) == 128 > CUT
-        if cmvn == "speaker":  # its only utterance; and all these models have the same weights
+        if cmvn == "speaker":  # of whom this is all the speech
             expected = features(*trained["utterance"])
         got = features(checkpoint, wav, "--audio")
         assert_close(got, {"84-121-0001": expected["84-121-0001"]})
