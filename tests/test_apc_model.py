@@ -81,16 +81,11 @@ def gradients(net):
 @every_case
 def test_outputs_are_the_packed_models(case):
     reference, model = pair(case)
-    layers = case["layers"] + bool(case.get("prenet_layers"))
     for lengths in ([11, 8, 3, 1], [1, 3, 8, 11], [3, 11, 1, 11, 7], [13, 13], [6]):
         inputs, lengths = padded_batch(lengths)
         before = inputs.clone()
         with torch.no_grad():
-            expected, (predicted, reps) = reference(inputs, lengths), model(inputs, lengths)
-        close(predicted, expected[0])
-        close(reps, expected[1])
-        assert predicted.shape == (len(lengths), FRAMES, MEL)
-        assert reps.shape == (layers, len(lengths), FRAMES, case["hidden"])
+            close(model(inputs, lengths), reference(inputs, lengths))
         assert torch.equal(inputs, before)
 
 

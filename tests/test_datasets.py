@@ -356,11 +356,3 @@ def test_bucketing_leaves_little_padding_and_still_shuffles():
     # Neither short to long nor long to short: neighbouring batches are of unrelated lengths.
     means = np.array([lengths[batch].mean() for batch in epochs[0]])
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
-
-
-def test_without_bucketing_lengths_have_no_part_in_the_order():
-    batches = list(BatchSampler(librispeech_like(101), 8, True, False, 5))
-    assert [i for batch in batches for i in batch] != list(range(101))
-    assert list(BatchSampler([9] * 101, 8, True, False, 5)) == batches
-    unshuffled = BatchSampler(librispeech_like(11), 4, False, False, 5)
-    assert list(unshuffled) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]

@@ -454,26 +454,6 @@ def test_a_file_that_may_not_grow(tmp_path, server, model, kind, limit):
         assert_equal(written, {utt_id: read(out)[utt_id] for utt_id in written})
 
 
-# Several processes --------------------------------------------------------------------------------
-
-
-def test_several_processes_write_the_features_of_one(tmp_path, server, folder, model, whole):
-    """Each its share; of three processes for two utterances, one has nothing to do."""
-
-    def run(data, out, size, world_size):
-        argv = flags(model[0], data, out, "--format", "ark", "--batch_size", size)
-        processes = server.run_ranks(SCRIPT, *argv, world_size=world_size)
-        ends = [succeeded(process).stdout.splitlines()[-1] for process in processes]
-        return sorted(int(re.search(r"features of (\d+) utt", end)[1]) for end in ends)
-
-    shares = run(folder[0], tmp_path / "out", 4, world_size=2)
-    assert min(shares) > 0 and sum(shares) == len(FRAMES)
-    assert_close(read(tmp_path / "out"), whole, 1e-6)  # other batches give other roundings
-    frames = write_folder(tmp_path / "two", [9, 4])
-    assert run(tmp_path / "two", tmp_path / "few", 1, world_size=3) == [0, 1, 1]
-    assert_close(read(tmp_path / "few"), last_layer(model[1], frames))
-
-
 def test_killed_processes_are_resumed_by_one(tmp_path, server, folder, model, whole):
     out = tmp_path / "out"
     argv = [SCRIPT, *flags(model[0], folder[0], out)]
@@ -634,14 +614,24 @@ def test_bad_audio_is_refused_before_anything_is_written(tmp_path, extract, reco
     assert not out.exists()
 
 
-def test_audio_in_several_processes(tmp_path, server, features, recordings, trained):
-    """As the script runs: files are measured by a process a core, and read by workers that have
-    inherited nothing."""
-    options = ["--audio", "--format", "ark", "--batch_size", 4, "--load_data_workers", 1]
-    argv = flags(trained["speaker"][0], recordings, tmp_path / "out", *options)
-    for process in server.run_ranks(SCRIPT, *argv):
-        succeeded(process)
-    assert_close(read(tmp_path / "out"), features(trained["speaker"][0], recordings, "--audio"))
+def test_several_processes_write_the_features_of_one(
+    tmp_path, server, features, model, trained, recordings
+):
+    """Each its share, of audio by a worker that has inherited nothing; of three processes for two
+    utterances one has nothing to do."""
+
+    def run(*args, world_size):
+        argv = flags(*args, "--format", "ark", "--batch_size", 4)
+        processes = server.run_ranks(SCRIPT, *argv, world_size=world_size)
+        ends = [succeeded(process).stdout.splitlines()[-1] for process in processes]
+        return sorted(int(re.search(r"features of (\d+) utt", end)[1]) for end in ends)
+
+    source, out = [trained["speaker"][0], recordings], tmp_path / "out"
+    assert run(*source, out, "--audio", "--load_data_workers", 1, world_size=2) == [2, 2]
+    assert_close(read(out), features(*source, "--audio"))
+    frames = write_folder(tmp_path / "two", [9, 4])
+    assert run(model[0], tmp_path / "two", tmp_path / "few", world_size=3) == [0, 1, 1]
+    assert_close(read(tmp_path / "few"), last_layer(model[1], frames))
 
 
 def test_data_prepared_in_another_way_are_warned_of(tmp_path, extract):

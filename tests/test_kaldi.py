@@ -325,12 +325,6 @@ def test_damaged_compression_is_refused(tmp_path):
         refusal(write(tmp_path / "f.scp", compress(b"utA a.ark:4\n")[:-3]))
 
 
-def test_no_file(tmp_path):
-    for source in (tmp_path, tmp_path / "no" / "dump.txt"):
-        with pytest.raises(OSError, match=re.escape(str(source))):
-            read(source)
-
-
 # Bad archives -------------------------------------------------------------------------------------
 
 SMALL_ARCHIVES = {
