@@ -567,51 +567,46 @@ def test_a_model_of_unknown_features(tmp_path, extract, features, recordings, tr
         assert_equal(read(out), expected)
 
 
-def test_utt2spk(tmp_path, extract, features, recordings, trained):
+def test_flags_on_audio_are_those_of_preparing(tmp_path, extract, features, recordings, trained):
     checkpoint, _ = trained["speaker"]
-    table, out = tmp_path / "utt2spk", tmp_path / "out"
+    table = tmp_path / "utt2spk"
     table.write_text("".join(f"{utt} {who}\n" for utt, who in zip(SPEECH, "abab")))
-    uncut = prepare(recordings, tmp_path / "uncut", "--cmvn", "speaker", "--utt2spk", table)
-    got = features(checkpoint, recordings, "--audio", "--utt2spk", table)
-    assert_close(got, features(checkpoint, uncut))
-    other = features(checkpoint, recordings, "--audio")
-    assert not any(torch.allclose(got[utt_id], other[utt_id], atol=1e-3) for utt_id in got)
-
-    options = ["--audio", "--utt2spk", table]
-    refused(extract(trained["none"][0], recordings, out, *options), table, "--cmvn none")
-    table.write_text("84-121-0000 a\n")
-    refused(extract(checkpoint, recordings, out, *options), "1272-5-0000")
-    assert not out.exists()
-
-
-def test_speakers_are_known_or_asked_for_as_in_preparing(tmp_path, extract, features, trained):
-    checkpoint, _ = trained["speaker"]
-    write_sound(tmp_path / "flat" / "a.wav", speech(0.5))
-    refused(extract(checkpoint, tmp_path / "flat", tmp_path / "out", "--audio"), "--utt2spk")
-    result = extract(checkpoint, tmp_path / "flat" / "a.wav", tmp_path / "out", "--audio")
-    assert "a.wav: is taken as a speaker of its own" in succeeded(result).stderr
-
-    stereo, options = tmp_path / "stereo", ["--resample", "--channel", 1, "--ids_from_paths"]
+    stereo = tmp_path / "stereo"
     for seed, name in enumerate(("a.wav", "b.wav")):
         sound = speech(0.5, seed, 48000)
         write_sound(stereo / "anna" / name, np.stack([0 * sound, sound], axis=1), 48000)
-    refused(extract(checkpoint, stereo, tmp_path / "none", "--audio"), "--resample", "--channel")
-    got = features(checkpoint, stereo, "--audio", *options)
+    for source, *options in [
+        (recordings, "--utt2spk", table),
+        (stereo, "--resample", "--channel", 1, "--ids_from_paths"),
+    ]:
+        uncut = prepare(source, tmp_path / f"{source.name}-uncut", *options)
+        got = features(checkpoint, source, "--audio", *options)
+        assert_close(got, features(checkpoint, uncut))
     assert sorted(got) == ["anna-a", "anna-b"]
-    assert_close(got, features(checkpoint, prepare(stereo, tmp_path / "uncut", *options)))
+    result = extract(checkpoint, stereo / "anna" / "a.wav", tmp_path / "out", "--audio", *options)
+    assert "a.wav: is taken as a speaker of its own" in succeeded(result).stderr
 
 
-def test_bad_audio_is_refused_before_anything_is_written(tmp_path, extract, recordings, trained):
-    checkpoint, out = trained["speaker"][0], tmp_path / "out"
+def test_audio_that_is_refused_leaves_nothing(tmp_path, extract, recordings, trained):
+    checkpoint, out, table = trained["speaker"][0], tmp_path / "out", tmp_path / "utt2spk"
+    flat = write_sound(tmp_path / "flat" / "a.wav", speech(0.5)).parent
+    fast = write_sound(tmp_path / "fast.wav", np.zeros((9000, 2)), 48000)
     shutil.copytree(recordings, tmp_path / "in")
     bad = write_sound(tmp_path / "in" / "84" / "99.wav", speech(0.5))  # the last of them
     bad.write_bytes(bad.read_bytes()[:-9000])
-    for source in (tmp_path / "in", bad):
-        refused(extract(checkpoint, source, out, "--audio"), bad, "truncated")
+    table.write_text("84-121-0000 a\n")
     write_model(tmp_path / "narrow.model", mel=40)
-    result = extract(tmp_path / "narrow.model", recordings, out, "--audio")
-    refused(result, "80 numbers", "reads 40")
-    assert not out.exists()
+    for args, words in [
+        ((checkpoint, flat, out), [flat, "--utt2spk", "--cmvn utterance"]),
+        ((checkpoint, fast, out), [fast, "--resample", "--channel"]),
+        ((checkpoint, tmp_path / "in", out), [bad, "truncated"]),
+        ((checkpoint, bad, out), [bad, "truncated"]),
+        ((checkpoint, recordings, out, "--utt2spk", table), ["1272-5-0000"]),
+        ((trained["none"][0], recordings, out, "--utt2spk", table), [table, "--cmvn none"]),
+        ((tmp_path / "narrow.model", recordings, out), ["80 numbers", "reads 40"]),
+    ]:
+        refused(extract(*args, "--audio"), *words)
+        assert not out.exists(), args
 
 
 def test_several_processes_write_the_features_of_one(
