@@ -43,51 +43,17 @@ class Server:
         )
 
     def ask(self, **order):
-        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.write(json.dumps(order, default=str) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(
-        self,
-        script,
-        *args,
-        env=None,
-        cwd=None,
-        crash=None,
-        file_limit=None,
-        slow_disk=0,
-        cores=1,
-        record=None,
-    ):
-        """Run a script of the repository, or torchrun.
-
-        Args:
-            env: variables beyond those of the tests.
-            cwd: the folder to run it in, by default one of the server's own.
-            crash: (pattern, number, "before" or "after"): SIGKILL the process when it renames
-                something to a name that matches the pattern, or removes it, for that time.
-            file_limit: bytes that a file may have, as with a quota.
-            slow_disk: seconds that each os.fsync takes.
-            cores: how many PyTorch is to use.
-            record: the file that receives what the model was fed, if the process ends by itself: a
-                list of (training, inputs, lengths).
-        """
+    def start(self, script, *args, cwd=None, **options):
+        """Run a script of the repository, or torchrun; the options are those of become()."""
         output = self.folder / str(len(self.processes))
         for stream in ("stdout", "stderr"):
             Path(f"{output}.{stream}").touch()
-        pid = self.ask(
-            script=script,
-            args=[str(arg) for arg in args],
-            output=str(output),
-            env={name: str(value) for name, value in (env or {}).items()},
-            cwd=str(cwd or self.folder),
-            crash=crash,
-            file_limit=file_limit,
-            slow_disk=slow_disk,
-            cores=cores,
-            record=str(record or ""),
-        )
-        self.processes.append(Process(self, pid, output))
+        order = dict(script=script, args=args, output=output, cwd=cwd or self.folder)
+        self.processes.append(Process(self, self.ask(**order, **options), output))
         return self.processes[-1]
 
     def run(self, script, *args, **kw):
@@ -270,32 +236,53 @@ def serve():
     os._exit(0)
 
 
-def become(order):
-    """Turn this process into the run that was ordered."""
+def become(
+    script,
+    args,
+    output,
+    cwd,
+    env=None,
+    crash=None,
+    file_limit=None,
+    slow_disk=0,
+    cores=1,
+    record=None,
+):
+    """Turn this process into a run of a script.
+
+    Args:
+        env: variables beyond those of the tests.
+        crash: (pattern, number, "before" or "after"): SIGKILL the process when it renames something
+            to a name that matches the pattern, or removes it, for that time.
+        file_limit: bytes that a file may have, as with a quota.
+        slow_disk: seconds that each os.fsync takes.
+        cores: how many PyTorch is to use.
+        record: the file that receives what the model was fed, if the process ends by itself: a list
+            of (training, inputs, lengths).
+    """
     import torch.distributed.run
 
     os.setsid()
-    files = [(0, "/dev/null"), (1, f"{order['output']}.stdout"), (2, f"{order['output']}.stderr")]
-    for number, name in files:
+    for number, name in enumerate(("/dev/null", f"{output}.stdout", f"{output}.stderr")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
-    os.chdir(order["cwd"])
-    os.environ |= order["env"]
-    if order["crash"]:
-        crash_at(*order["crash"])
-    if order["file_limit"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"],) * 2)
-    if order["slow_disk"]:
+    os.chdir(cwd)
+    os.environ |= {name: str(value) for name, value in (env or {}).items()}
+    if crash:
+        crash_at(*crash)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if slow_disk:
         fsync = os.fsync
-        os.fsync = lambda file: (time.sleep(order["slow_disk"]), fsync(file))
-    torch.set_num_threads(order["cores"])
-    if order["record"]:
-        record_forward(order["record"])
-    sys.argv = [order["script"], *order["args"]]
+        os.fsync = lambda file: (time.sleep(slow_disk), fsync(file))
+    torch.set_num_threads(cores)
+    if record:
+        record_forward(record)
+    sys.argv = [script, *map(str, args)]
     try:
-        if order["script"] == "torchrun":
+        if script == "torchrun":
             torch.distributed.run.main()
         else:
-            runpy.run_path(str(ROOT / order["script"]), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -349,4 +336,4 @@ def record_forward(file):
 
 
 if __name__ == "__main__":
-    become(serve())
+    become(**serve())

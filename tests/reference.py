@@ -21,17 +21,7 @@ OPTIMIZERS = {
 class PackedAPC(nn.Module):
     """APC on packed sequences, with the state-dict names of the original release."""
 
-    def __init__(
-        self,
-        mel_dim,
-        hidden,
-        layers,
-        prenet_layers=0,
-        residual=False,
-        rnn_type="gru",
-        prenet_dropout=0.0,
-        dropout=0.0,
-    ):
+    def __init__(self, mel_dim, hidden, layers, prenet_layers=0, residual=False, rnn_type="gru"):
         super().__init__()
         if prenet_layers:
             widths = [mel_dim] + [hidden] * prenet_layers
@@ -46,8 +36,6 @@ class PackedAPC(nn.Module):
             self.rnns.append(kind(width, hidden, batch_first=True))
         self.postnet = nn.ModuleDict({"layer": nn.Conv1d(hidden, mel_dim, kernel_size=1)})
         self.residual = residual
-        self.prenet_drop = nn.Dropout(prenet_dropout)
-        self.rnn_drop = nn.Dropout(dropout)
 
     def forward(self, inputs, lengths):
         total, order = inputs.size(1), torch.argsort(lengths, descending=True)
@@ -63,12 +51,10 @@ class PackedAPC(nn.Module):
         frames, states = packed.data, []
         if self.prenet is not None:
             for layer in self.prenet["layers"]:
-                frames = self.prenet_drop(torch.relu(layer(frames)))
+                frames = torch.relu(layer(frames))
             states.append(frames)
         for rnn in self.rnns:
             out = rnn(repack(frames))[0].data
-            if rnn is not self.rnns[-1]:
-                out = self.rnn_drop(out)
             if self.residual and out.shape == frames.shape:
                 out = out + frames
             frames = out

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import itertools
 import lzma
 import os
 import pickle
@@ -61,7 +62,11 @@ FORMATS = {  # name: (what read_kaldi calls it, writer)
     "float": ("binary archive", by_kaldiio),
     "double": ("binary archive", doubles),
 }
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+COMPRESS = {  # in two streams each, as `cat a.gz b.gz` leaves them
+    "": bytes,
+    ".gz": lambda text: gzip.compress(text[:99]) + gzip.compress(text[99:]),
+    ".xz": lambda text: lzma.compress(text[:99]) + lzma.compress(text[99:]),
+}
 UTTERANCES = {
     utt: exact(frames, seed=frames)
     for utt, frames in {"b-1": 7, "1089": 30, "grüße": 1, "a.b.c": 20, "sp1.1-x_y": 21}.items()
@@ -80,9 +85,8 @@ def read(source):
     _, _, jobs = kaldi.read_kaldi(str(source))
     found = []
     for _, job in jobs:
-        for utterance in pickle.loads(
-            pickle.dumps(job)
-        )():  # by another process, if there are several
+        job = pickle.loads(pickle.dumps(job))  # as another process gets it
+        for utterance in job():
             if isinstance(utterance, BadUtterance):
                 raise utterance
             found.append(utterance[:2])
@@ -108,40 +112,27 @@ def refusal(source):
 # Good files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("block_size", [1, 50, 333, kaldi.BLOCK_SIZE])
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_every_format_holds_the_same_frames(tmp_path, ending):
-    for kind, writer in FORMATS.values():
-        content = COMPRESS[ending](writer(UTTERANCES))
-        # Whatever its name: first bytes tell, and only .scp means something.
-        for name in ("feats.ark", "feats.txt", "feats"):
-            source = write(tmp_path / f"{name}{ending}", content)
-            assert kaldi.read_kaldi(str(source))[0] == kind
-            assert_same(read(source), UTTERANCES)
-
-
-@pytest.mark.parametrize("block_size", [1, 50, 333])
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_blocks_of_any_size(tmp_path, monkeypatch, block_size, ending):
+def test_every_format_holds_the_same_frames(tmp_path, monkeypatch, ending, block_size):
+    """Whatever a file is called: its first bytes tell."""
     monkeypatch.setattr(kaldi, "BLOCK_SIZE", block_size)
-    for name, (_, writer) in FORMATS.items():
-        source = write(tmp_path / name, COMPRESS[ending](writer(UTTERANCES)))
+    for kind, writer in FORMATS.values():
+        source = write(tmp_path / "feats.txt", COMPRESS[ending](writer(UTTERANCES)))
         assert_same(read(source), UTTERANCES)
-        _, size, jobs = kaldi.read_kaldi(str(source))
+        found, size, jobs = kaldi.read_kaldi(str(source))
         positions = [position for position, _ in jobs]
-        assert positions == sorted(positions) and positions[-1] == size == source.stat().st_size
+        assert (found, size) == (kind, source.stat().st_size)
+        assert positions == sorted(positions) and positions[-1] == size
 
 
 def test_white_space_does_not_matter(tmp_path):
     expected = {"u1": np.float32([[1.5, 2], [3, 4]]), "u2": np.float32([[5, 6]])}
     for text in [
-        "u1\n 1.5 2\n3 4\n.\nu2\n5 6\n.\n",
-        "u1\n1.5 2 \n3 4   \n.\nu2\n5 6 \n.\n",
         "u1\n  1.5    2\n\t3\t\t4 \t\n.\nu2\n5\t6\n.\n",
         "u1\r\n1.5 2\r\n3 4\r\n.\r\nu2\r\n5 6\r\n.\r\n",
-        "u1 \n1.5 2\n3 4\n. \nu2\t\n5 6\n.\t\n",
-        "\n\nu1\n1.5 2\n3 4\n.\n\nu2\n5 6\n.\n",
+        "\n\nu1 \n1.5 2 \n3 4\n. \n\nu2\t\n5 6\n.\t\n",
         "u1\n1.5 2\n3 4\n.\nu2\n5 6\n.",
-        "u1 [\n1.5 2\n3 4 ]\nu2 [\n5 6 ]\n",
         "u1  [\n  1.5 2 \n  3 4 \n]\nu2  [\n  5 6\n ]\n",
         "u1\t[ \r\n 1.5 2\r\n 3 4 ]\r\nu2 [\r\n 5 6 ]\r\n",
         "u1 [\n1.5\t2\n3  4 ] \n\nu2 [\n5 6]",
@@ -173,28 +164,6 @@ def test_numbers_are_pythons_floats_to_the_bit(tmp_path):
         expected = np.array([np.float32(float(number)) for number in numbers])
         assert np.array_equal(frames[:, 0].view(np.uint32), expected.view(np.uint32)), numbers
         assert np.all(frames[:, 1] == 0.25)
-
-
-def test_compressed_matrices_are_what_kaldiio_reads(tmp_path):
-    for method in range(1, 8):
-        # Methods 4, 6 and 7 fix the range of the values.
-        low, high = {4: (-32000, 32000), 6: (0, 255), 7: (0, 1)}.get(method, (-9, 9))
-        rng = np.random.default_rng(method)
-        utterances = {f"utt-{n}": rng.uniform(low, high, (n, 6)).astype("f4") for n in (33, 5, 12)}
-        ark, scp = tmp_path / "c.ark", tmp_path / "c.scp"
-        kaldiio.save_ark(str(ark), utterances, scp=str(scp), compression_method=method)
-        truth = {utt: np.float32(frames) for utt, frames in kaldiio.load_ark(str(ark))}
-        assert list(truth) == list(utterances)
-        assert_same(read(ark), truth)
-        assert_same(read(scp), truth)
-
-
-def test_files_of_several_compressed_streams(tmp_path):
-    """What `cat a.gz b.gz` leaves."""
-    first, second = dump(UTTERANCES), dump(SMALL)
-    for compress in (gzip.compress, lzma.compress):
-        source = write(tmp_path / "feats", compress(first) + compress(second))
-        assert_same(read(source), UTTERANCES | SMALL)
 
 
 def test_standard_input_however_slowly_it_comes(monkeypatch):
@@ -275,7 +244,7 @@ def test_file_names_in_an_scp_need_not_be_text_but_ids_must(tmp_path):
 
 # Bad text -----------------------------------------------------------------------------------------
 
-BAD_DUMPS = [  # (dump, the line to blame, the utterance at fault or None)
+BAD_TEXT = [  # (dump or text archive, the line to blame, the utterance at fault or None)
     ("utA\n1 2 3\n1 2\n.\n", 3, "utA"),
     ("utA\n1 2 3\n.\nutB\n1 2 3\n1 2 3 4\n.\n", 6, "utB"),
     ("utA\n1 2 3\n1 2\n1 2 3 4\n.\n", 3, "utA"),
@@ -283,33 +252,25 @@ BAD_DUMPS = [  # (dump, the line to blame, the utterance at fault or None)
     ("utA\n1,2\n3,4\n.\n", 2, "utA"),
     ("utA\n1 2\n\n1 2\n.\n", 3, "utA"),
     ("utA\n1 2\n.\nutB\n.\nutC\n1 2\n.\n", 5, "utB"),
-    ("utA\n.\n", 2, "utA"),
     ("utA\n1 2\n.\nutB\n1 2\n3 4\n", 7, "utB"),
     ("utA\n1 2\n.\nutB\n", 5, "utB"),
     ("utA\n1 2\n3 4\nutB\n1 2\n.\n", 4, "utA"),
     ("1 2\n3 4\n.\n", 1, None),
-    ("utA\n1 2\n.\n3 4\n.\n", 4, None),
-    (".\nutA\n1 2\n.\n", 1, None),
     ("utA\n1 2\n.\n.\n", 4, None),
     ("utA\n1.5\n2.5\n.\n", 2, "utA"),  # a row of one number cannot be told from an id
     ("utA\n1 2\n.\nut B\n1 2\n.\n", 4, "ut B"),
-]
-BAD_ARCHIVES = [
+    ("utA\n1 2\n.\n../utB\n1 2\n.\n", 4, "utB"),
     ("utA  [\n  1 2 \n  3 4 5 ]\n", 3, "utA"),
-    ("utA [\n 1 2 ]\nutB  [\n  1 2 \n  3 \n  4 5 ]\n", 5, "utB"),
     ("utA [\n 1 2 ]\nutB [\n 1 2\n 3 4\n", 6, "utB"),
     ("utA [\n 1 2 ]\nutB [", 4, "utB"),
     ("utA [\n 1 2\n 3 4\nutB [\n 5 6 ]\n", 4, "utA"),
     ("utA [\n 1 ] 2\n 3 4 ]\n", 2, "utA"),
-    ("utA [\n 1 2 ] utB [\n 3 4 ]\n", 2, "utA"),
     ("utA [\n 1 2\n\n 3 4 ]\n", 3, "utA"),
-    ("utA  [ 1 2 3 ]\n", 1, "utA"),  # a vector
-    ("utA [\n 1 2 ]\nutB  [ 1 2 ]\n", 3, "utB"),
+    ("utA [\n 1 2 ]\nutB  [ 1 2 ]\n", 3, "utB"),  # a vector
     ("utA [\n 1 2 ]\nutB\n 1 2 ]\n", 3, "utB"),
     ("utA [\n 1 2 ]\nutB [ ]\nutC [\n 1 2 ]\n", 4, "utB"),
-    ("utA [\n 1 2 ]\nutB [\n]\n", 4, "utB"),
     ("utA [\n 1 2 ]\n 3 4 ]\n", 3, None),
-    ("utA [\n 1 2 ]\nutB\n1 2\n.\n", 3, "utB"),  # goes on as a dump
+    ("utA [\n 1 2 ]\n../utB [\n 1 2 ]\n", 3, "utB"),
 ]
 NO_NUMBERS = [
     *["abc", "1.2.3", "1,5", "--1", "-", ".", "1e", "e5", "1d5", "1.5f", "0x1p3", "0x10", "1-2"],
@@ -321,7 +282,7 @@ NO_NUMBERS = [
 @pytest.mark.parametrize("block_size", [1 << 22, 5])
 def test_bad_text_is_refused_by_line_and_utterance(tmp_path, monkeypatch, block_size):
     monkeypatch.setattr(kaldi, "BLOCK_SIZE", block_size)
-    rows = [*BAD_DUMPS, *BAD_ARCHIVES]
+    rows = list(BAD_TEXT)
     for word in NO_NUMBERS:
         rows += [(f"utA\n1 2\n{word} 2\n.\n", 3, "utA")]
         rows += [(f"utA\n1 2\n3 4\n5 6\n.\n\nutB\n1 {word}\n.\n", 8, "utB")]
@@ -333,40 +294,15 @@ def test_bad_text_is_refused_by_line_and_utterance(tmp_path, monkeypatch, block_
         assert utt is None or re.search(rf"\b{utt}\b", message), (text, message)
 
 
-IDS = ["../utt", "..", ".", ".utt", "sub/utt", "/tmp/utt", "sub\\utt", "x" * 300]
-IDS += ["a\u2028b", "a\x85b", "a\x7fb", "a\u202eb"]  # line breaks and the like: for no console
-
-
-def test_ids_that_cannot_be_file_names_are_refused(tmp_path):
-    for utt in IDS:
-        utterances = {"good": exact(3), utt: exact(3)}
-        ark, scp = tmp_path / "feats.ark", tmp_path / "feats.scp"
-        kaldiio.save_ark(str(ark), utterances, scp=str(scp))
-        messages = [refusal(ark), refusal(scp)]
-        messages.append(refusal(write(tmp_path / "feats.txt", copy_feats_text(utterances))))
-        if utt != ".":  # in a dump it ends an utterance
-            messages.append(refusal(write(tmp_path / "feats", dump(utterances))))
-        places = [r"feats\.ark: byte \d+", r"feats\.scp:2", r"feats\.txt:5", "feats:6"]
-        for place, message in zip(places, messages):
-            assert re.match(f"{place}: ", message), message
-            assert repr(utt)[1:40] in message, message
-
-
-def test_what_is_no_text_is_refused(tmp_path):
-    for content in [
-        *[b"", b"\n\n \n", bytes(5000), b"a\0b\n1 2\n.\n", b"a\n1 2\n1 2\0\n.\n"],
-        *[b"utt\xff\xfe\n1 2\n.\n", b"a" * 3_000_000],
-    ]:
-        refusal(write(tmp_path / "strange.txt", content))
-
-
-def test_random_bytes_are_refused(tmp_path):
+def test_rubbish_is_refused(tmp_path):
+    contents = [b"", b"\n\n \n", b"a\n1 2\n1 2\0\n.\n", b"utt\xff\n1 2\n.\n", b"a" * 3_000_000]
     starts = [b"", b"utA ", b"utA \0B", b"utA \0BFM ", b"utA \0BCM ", b"utA [\n", b"utA\n", b"\n"]
-    for seed, start in enumerate(starts):
-        rubbish = start + np.random.default_rng(seed).bytes(3000)
-        for name in ("feats.ark", "feats.scp", "feats"):
-            refusal(write(tmp_path / name, rubbish))
-        refusal(write(tmp_path / "later.ark", by_kaldiio(SMALL) + rubbish))
+    rng = np.random.default_rng(0)
+    for content in [*contents, *(start + rng.bytes(3000) for start in starts)]:
+        for name in ("feats.ark", "feats.scp"):
+            refusal(write(tmp_path / name, content))
+        if content.strip():
+            refusal(write(tmp_path / "later.ark", by_kaldiio(SMALL) + content))
 
 
 def test_text_without_the_end_of_an_utterance_is_not_read_for_ever(tmp_path, monkeypatch):
@@ -378,25 +314,15 @@ def test_text_without_the_end_of_an_utterance_is_not_read_for_ever(tmp_path, mon
 
 def test_damaged_compression_is_refused(tmp_path):
     raw = dump({f"u{i}": exact(40, 10, i) for i in range(20)})
-    for ending in (".xz", ".gz"):
-        whole = COMPRESS[ending](raw)
+    for compress in (gzip.compress, lzma.compress):
+        whole = compress(raw)
         flipped = bytearray(whole)
         flipped[len(whole) // 2] ^= 0xFF
-        contents = [whole[: len(whole) // 2], whole[:-3], whole[:9], whole[:5], b"", flipped]
-        contents += [COMPRESS[ending](b""), COMPRESS[ending](b"\n")]
-        contents.append(whole + whole[: len(whole) // 2])  # truncated in its second stream
-        for content in contents:
-            refusal(write(tmp_path / f"feats{ending}", bytes(content)))
-        # Whatever its name, whatever is in it.
-        refusal(write(tmp_path / "feats.txt", whole[:-3]))
-        refusal(write(tmp_path / "feats.ark", COMPRESS[ending](by_kaldiio(SMALL))[:-3]))
-        refusal(write(tmp_path / f"f.scp{ending}", COMPRESS[ending](b"utA a.ark:4\n")[:-3]))
-
-
-def test_no_file(tmp_path):
-    for source in (tmp_path, tmp_path / "missing.xz", tmp_path / "no" / "dump.txt"):
-        with pytest.raises(OSError, match=re.escape(str(source))):
-            read(source)
+        contents = [whole[: len(whole) // 2], whole[:-3], whole[:9], whole[:5], bytes(flipped)]
+        contents += [whole[:10] + b"\xff" * 99, compress(b""), compress(by_kaldiio(SMALL))[:-3]]
+        for content in [*contents, whole + whole[:-3]]:  # the last is cut in its second stream
+            refusal(write(tmp_path / "feats", content))
+        refusal(write(tmp_path / "f.scp", compress(b"utA a.ark:4\n")[:-3]))
 
 
 # Bad archives -------------------------------------------------------------------------------------
@@ -412,13 +338,16 @@ SMALL_ARCHIVES = {
 
 @pytest.mark.parametrize("kind", SMALL_ARCHIVES)
 def test_an_archive_cut_anywhere(tmp_path, kind):
-    """Between two utterances it is a shorter archive; at any other byte it is refused."""
-    whole, source = SMALL_ARCHIVES[kind], tmp_path / "cut"
-    truth = dict(read(write(source, whole)))  # compression loses something
-    assert list(truth) == list(SMALL)
-    starts, is_text = [whole.index(utt.encode()) for utt in SMALL], kind in ("dump", "text")
+    """Between two utterances it is a shorter archive; at any other byte it is refused. Whole it is
+    what kaldiio reads."""
+    whole, source, is_text = SMALL_ARCHIVES[kind], tmp_path / "cut", kind in ("dump", "text")
+    truth = SMALL
+    if not is_text:  # compression loses something
+        write(source, whole)
+        truth = {utt: np.float32(frames) for utt, frames in kaldiio.load_ark(str(source))}
+    starts = [whole.index(utt.encode()) for utt in SMALL]
     ends = [*starts[1:], len(whole)]
-    for size in range(len(whole)):
+    for size in range(len(whole) + 1):
         write(source, whole[:size])
         if size in ends or (is_text and size + 1 in ends):  # which lacks but the last line feed
             complete = sum(end <= size + is_text for end in ends)
@@ -436,27 +365,15 @@ def test_every_damaged_byte_of_a_header(tmp_path):
     for kind in ("float", "double", "CM2", "CM3", "CM5"):
         whole = SMALL_ARCHIVES[kind]
         start = whole.index(b"utB")
-        for position in range(start, start + len("utB \0BCM3 ") + 16):
-            for value in (0, 1, 127, 255, whole[position] + 1 & 255):
-                damaged = bytearray(whole)
-                damaged[position] = value
-                try:
-                    found = read(write(tmp_path / "d.ark", bytes(damaged)))
-                except UserError as error:
-                    assert "d.ark" in str(error) and "\n" not in str(error)
-                else:
-                    assert all(f.ndim == 2 and f.size and np.isfinite(f).all() for _, f in found)
-
-
-def test_sizes_that_cannot_be(tmp_path):
-    for size in (2**31 - 1, -1, -2, 70000, 1 << 20):
-        number = size.to_bytes(4, "little", signed=True)
-        for kind in (b"FM", b"DM", b"CM", b"CM2", b"CM3"):
-            if kind.startswith(b"C"):
-                head = kind + b" " + np.float32([0, 1]).tobytes() + number + number
+        places = range(start, start + len("utB \0BCM3 ") + 16)
+        for place, value in itertools.product(places, (0, 1, 127, 255)):
+            damaged = whole[:place] + bytes([value]) + whole[place + 1 :]
+            try:
+                found = read(write(tmp_path / "d.ark", damaged))
+            except UserError as error:
+                assert "d.ark" in str(error) and "\n" not in str(error)
             else:
-                head = kind + b" \4" + number + b"\4" + number
-            assert "utA" in refusal(write(tmp_path / "d.ark", b"utA \0B" + head + bytes(100)))
+                assert all(f.ndim == 2 and f.size and np.isfinite(f).all() for _, f in found)
 
 
 def test_archives_of_anything_but_matrices_are_refused(tmp_path):
@@ -464,9 +381,10 @@ def test_archives_of_anything_but_matrices_are_refused(tmp_path):
     objects = np.array([[Hostile(marker)] * 2] * 3, dtype=object)
     whole = by_kaldiio(SMALL)
     for payload in [
-        *[by_kaldiio({"utX": np.ones(8, kind)}) for kind in ("float32", "float64", "int32")],
+        *[by_kaldiio({"utX": np.ones(8, kind)}) for kind in ("float32", "int32")],
         *[by_kaldiio({"utX": x}, write_function="numpy") for x in (exact(4), objects)],
-        *[by_kaldiio({"utX": x}, write_function="pickle") for x in (exact(4), Hostile(marker))],
+        by_kaldiio({"utX": Hostile(marker)}, write_function="pickle"),
+        b"utX \0BDM " + 2 * b"\4\xff\xff\xff\x7f" + bytes(100),  # of 2^62 numbers
         b"utX PKLcos\nsystem\n(S'touch " + os.fsencode(marker) + b"'\ntR.",
         by_kaldiio({"utX": sound}),
         by_kaldiio({"utX": sound}, write_function="soundfile", write_kwargs={"format": "flac"}),
@@ -480,20 +398,17 @@ def test_archives_of_anything_but_matrices_are_refused(tmp_path):
 
 
 def test_bad_matrices_are_refused(tmp_path):
-    nan, infinite = exact(40), exact(3).astype(np.float64)
-    nan[35, 1], infinite[2, 0] = np.nan, -np.inf
-    for matrix, reason in [
-        (nan, "frame 35"),
-        (infinite, "frame 2"),
-        (np.full((2, 5), 1e39), "frame 0: .*float32"),
-        (np.zeros((0, 5), np.float32), "shape"),
-        (np.zeros((5, 0), np.float32), "shape"),
-        (np.zeros((0, 0)), "shape"),
+    nan, ark, scp = exact(40), tmp_path / "feats.ark", tmp_path / "feats.scp"
+    nan[35, 1] = np.nan
+    for utt, matrix, reason in [
+        ("utX", nan, "frame 35"),
+        ("utX", np.full((2, 5), 1e39), "frame 0: .*float32"),
+        ("utX", np.zeros((0, 5), np.float32), "shape"),
+        ("../utX", exact(3), "file name"),
     ]:
-        ark, scp = tmp_path / "feats.ark", tmp_path / "feats.scp"
-        kaldiio.save_ark(str(ark), {"utA": exact(3), "utX": matrix, "utZ": exact(4)}, scp=str(scp))
-        assert re.search(rf"byte \d+: utterance utX: .*{reason}", refusal(ark))
-        assert re.search(rf"feats\.scp:2: utterance utX: .*{reason}", refusal(scp))
+        kaldiio.save_ark(str(ark), {"utA": exact(3), utt: matrix, "utZ": exact(4)}, scp=str(scp))
+        assert re.match(rf"feats\.ark: byte \d+: utterance .*utX.*{reason}", refusal(ark))
+        assert re.match(rf"feats\.scp:2: utterance .*utX.*{reason}", refusal(scp))
 
 
 # Bad lists ----------------------------------------------------------------------------------------
@@ -509,9 +424,8 @@ def archive(tmp_path):
 def test_a_pipe_in_an_scp_never_runs(tmp_path, archive):
     marker, (ark, offset) = tmp_path / "marker", archive
     for target in [
-        *["touch {0} |", "touch {0}|", "touch {0} | ", "touch {0} |\t \t", "touch {0} |  \r"],
-        *["| touch {0}", "  |touch {0}", "\t| touch {0}", "touch {0}; cat {1} |", "|touch {0}|"],
-        *["touch {0} |:15", "touch {0} | [0:1]", "touch {0}; cat {1} | :0", "| touch {0}:15"],
+        *["touch {0} |", "touch {0}|", "touch {0} |\t \t", "touch {0} |  \r", "touch {0} |:15"],
+        *["| touch {0}", "\t| touch {0}", "|touch {0}|", "touch {0} | [0:1]", "| touch {0}:15"],
         *["$(touch {0})", "`touch {0}`", "{1}; touch {0}", "{1} && touch {0}", "<(touch {0})"],
     ]:
         target = target.format(marker, ark)
@@ -524,18 +438,13 @@ def test_a_pipe_in_an_scp_never_runs(tmp_path, archive):
     assert not marker.exists()
 
 
-def test_bad_offsets(tmp_path, archive):
+def test_bad_lines_of_an_scp(tmp_path, archive):
     (ark, offset), whole = archive, by_kaldiio(SMALL)
     good = [whole.index(utt.encode()) + 4 for utt in SMALL]
-    numbers = [bad for bad in range(len(whole) + 2) if bad not in good] + [10**17, 10**30]
-    for bad in [*numbers, -5, "", "x", "1.5", "1e3", "0x10", " 4", "٣"]:
-        scp = write(tmp_path / "f.scp", f"utA {ark}:{offset}\nutX {ark}:{bad}\n")
-        assert "f.scp:2: utterance utX: " in refusal(scp)
-
-
-def test_bad_lines_of_an_scp(tmp_path, archive):
-    ark, offset = archive
+    offsets = [bad for bad in range(len(whole) + 2) if bad not in good]
+    offsets += [10**17, 10**30, -5, "", "x", "1.5", "1e3", "0x10", " 4", "٣"]
     for bad in [
+        *[f"utX {ark}:{bad}" for bad in offsets],
         *[f"utX {ark}:{offset}[0:1,0:1]", f"utX {ark}:{offset}[0:]", f"utX {ark}[0:1]"],
         *["utX", "utX ", "utX\t\t", f"utX {ark}", f"utX {tmp_path}", "utX gone.ark:15"],
         *["utX -", "utX -:4", f"utX ark:{ark}", f"utX {ark}\0:15", "utX [0:1]", "utX :15"],
@@ -563,8 +472,7 @@ def test_utt2spk(tmp_path):
     path = write(tmp_path / "utt2spk", b"84-1 84\n\xe9-2\t spk\xe9\nu x")
     speakers = {os.fsdecode(b"\xe9-2"): os.fsdecode(b"spk\xe9"), "84-1": "84", "u": "x"}
     assert kaldi.read_utt2spk(path) == speakers
-    # A byte-order mark, blank lines, a line twice.
-    write(path, b"\xef\xbb\xbfa 1\n\n  \nb 2\r\na 1\n")
+    write(path, b"\xef\xbb\xbfa 1\n\n  \nb 2\r\na 1\n")  # a byte-order mark, a line twice
     assert kaldi.read_utt2spk(path) == {"a": "1", "b": "2"}
     write(path, "a 1\nb 2\na 2\n")
     with pytest.raises(UserError, match=r"utt2spk:3: a has '2' here, and '1' in \S*utt2spk:1"):
