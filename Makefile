@@ -1,11 +1,12 @@
 # make demo: the whole way on the samples.     make test: lint and tests.
-# make bench: speed, in under ten minutes.     make evidence: what the features are good for.
+# make bench: speed, in under ten minutes.     make evidence: what the features are good for, in an hour.
+# make pretrained: the model of pretrained/ anew, in an hour and a half.
 # Each needs Python 3.10 or newer and nothing else: it makes .venv and installs what is missing.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench evidence clean
+.PHONY: demo test bench evidence pretrained clean
 
 demo: .venv/runtime
 	rm -rf demo
@@ -18,8 +19,11 @@ demo: .venv/runtime
 		--learning_rate 0.001 --batch_size 8 --epochs 6
 	$(BIN)/python extract_features.py --checkpoint demo/logs/demo.dir/demo__epoch_6.model \
 		--data_dir demo/data/dev-clean --save_dir demo/features
+	$(BIN)/python extract_features.py --checkpoint pretrained/apc_3x512_n3.pt \
+		--audio samples/en-followme-sorry.flac --save_dir demo/pretrained_features
 	@echo
-	@echo "Done: tensors in demo/data, models in demo/logs/demo.dir, features in demo/features." \
+	@echo "Done: tensors in demo/data, models in demo/logs/demo.dir, features in demo/features;" \
+		"features of a recording by the pretrained model in demo/pretrained_features." \
 		"TensorBoard: $(BIN)/tensorboard --logdir demo/logs"
 
 test: .venv/dev
@@ -31,8 +35,11 @@ bench: .venv/runtime
 	for stage in train_step busy epoch prepare_dump prepare_audio extract open_folder; do \
 		$(BIN)/python benchmarks/$$stage.py || exit 1; done
 
-evidence: .venv/dev
+evidence: .venv/evidence
 	$(BIN)/python experiments/evidence.py
+
+pretrained: .venv/evidence
+	$(BIN)/python pretrained/make_pretrained.py
 
 clean:
 	rm -rf .venv demo
@@ -45,4 +52,8 @@ clean:
 
 .venv/dev: requirements-dev.txt requirements-onnx.txt .venv/runtime
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+.venv/evidence: experiments/requirements.txt .venv/dev
+	$(BIN)/python -m pip install --quiet -r experiments/requirements.txt -c constraints.txt
 	touch $@

@@ -1,17 +1,20 @@
 """Frame classification: how well a classifier recognises phones from features, frame by frame.
 
-    python experiments/phone_probe.py --labels corpus/labels.txt --names log-Mel untrained APC \\
-        --train_features data/probe features/untrained/probe features/apc/probe \\
-        --test_features data/test features/untrained/test features/apc/test
-    python experiments/phone_probe.py --labels labels.txt --train_features features \\
-        --split_by speaker                             # no --test_features: holds some out
+    python experiments/phone_probe.py data/train-clean-100 features/layer2 --names log-Mel APC \\
+        --labels converted_aligned_phones.txt --train_ids train_split.txt --test_ids test_split.txt
 
-A folder holds <utt_id>.pt, features (T, H), or (layers, T, H) from extract_features.py --layer all;
-or it is a prepared folder, whose padding is left out. labels.txt has one utterance per line: its
-id, then a label for each frame. Prints the frame error rates in %, each with its standard error, of
-one softmax classifier per layer [1, Section 4.1]; with --mlp it has a hidden layer.
+A folder is a row of the table. It holds <utt_id>.pt: features (T, H), or (layers, T, H) from
+extract_features.py --layer all; or it is a prepared folder. --labels has one utterance per line,
+its id, then a label every 10 ms; --train_ids and --test_ids have an id per line. These are the
+files that the field uses for LibriSpeech's train-clean-100 [1].
 
-[1] Chung, Hsu, Tang, Glass: An Unsupervised Autoregressive Model for Speech Representation
+The classifier is softmax regression, trained on single frames [2, Section 4.1], with --hidden_size
+after one layer of ReLUs. Prints the accuracy in %, the mean over --seeds, and in brackets the
+bootstrap interval of 95 % over the test utterances, because an utterance's frames are not
+independent.
+
+[1] van den Oord, Li, Vinyals: Representation Learning with Contrastive Predictive Coding. 2018.
+[2] Chung, Hsu, Tang, Glass: An Unsupervised Autoregressive Model for Speech Representation
     Learning. Interspeech 2019.
 """
 
@@ -25,8 +28,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import LibriSpeech, Utterances, is_finished
+from datasets import is_finished, read_lengths
 from utils import HelpFormatter, UserError, load, not_negative, positive, run_main, write_json
+
+SPARE_LABELS = 2  # of an utterance: windows that need not fit give so many frames more
 
 
 def build_parser():
@@ -34,211 +39,183 @@ def build_parser():
         description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
     )
     add = parser.add_argument_group("data").add_argument
-    add("--labels", required=True, metavar="FILE", help="utterance ids, and a label for each frame")
-    folders = {"nargs": "+", "metavar": "DIR"}
-    add("--train_features", **folders, required=True, help="folders to compare, a row each")
-    add("--test_features", **folders, help="as many folders, to test on")
-    add(
-        "--split_by", choices=["utterance", "speaker"], default="utterance", help="what to hold out"
-    )
-    add("--test_fraction", type=float, default=0.2, help="held out if there is no --test_features")
-    add = parser.add_argument_group("classifier").add_argument
-    add("--mlp", action="store_true", help="one hidden layer of 512 ReLUs instead of a linear one")
-    add("--steps", type=positive, default=2000, help="training steps of 512 random frames each")
-    add("--seed", type=not_negative, default=0, help="of the split, the weights and the batches")
-    add = parser.add_argument_group("output").add_argument
+    add("features", nargs="+", metavar="DIR", help="folders to compare, a row each")
     add("--names", nargs="+", metavar="NAME", help="of the rows (default: the folders' paths)")
-    add("--json", metavar="FILE", help="write {name: {layer: [error rate, standard error]}}")
+    add("--labels", required=True, metavar="FILE", help="ids, and a label every 10 ms")
+    add("--train_ids", required=True, metavar="FILE", help="ids to train on, one a line")
+    add("--test_ids", required=True, metavar="FILE", help="ids to test on")
+    add("--max_frames", type=positive, default=1000000, help="at most, to train on, about")
+    add = parser.add_argument_group("classifier").add_argument
+    add("--hidden_size", type=not_negative, default=0, help="ReLUs of a hidden layer; 0: linear")
+    add("--steps", type=positive, default=1000, help="training steps of 512 random frames each")
+    add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], help="of weights and batches")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write what the table is made of")
     return parser
 
 
 # Reading ------------------------------------------------------------------------------------------
 
 
-def read_labels(path):
-    """labels.txt -> dict utterance id -> list of labels, one for each frame."""
-    labels = {}
+def read_table(path):
+    """A file of lines that begin with an utterance id -> dict id -> list of the line's rest."""
+    table = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            utt_id, *frame_labels = line.split() or [""]
-            if not frame_labels:
-                raise UserError(f"{path}:{number}: expected an utterance id and a label per frame")
-            if utt_id in labels:
-                raise UserError(f"{path}:{number}: utterance {utt_id}: listed twice")
-            labels[utt_id] = frame_labels
-    return labels
+            utt_id, *rest = line.split() or [""]
+            if not utt_id or utt_id in table:
+                raise UserError(f"{path}:{number}: expected an utterance id, each once")
+            table[utt_id] = rest
+    if not table:
+        raise UserError(f"{path}: no utterances in it")
+    return table
 
 
-def read_features(folder):
-    """A folder -> dict utterance id -> (layers, T, H) as stored, and the layers' names.
+def read_features(folder, utt_id, lengths):
+    """-> an utterance's features (layers, T, H). `lengths` are those of a prepared folder."""
+    path = Path(folder, f"{utt_id}.pt")
+    x = load(path)
+    if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() in (2, 3)):
+        raise UserError(f"{path}: expected a tensor ((layers,) T, H)")
+    return (x if x.dim() == 3 else x[None])[:, : lengths.get(path.name)]
 
-    Raises:
-        UserError: no features there, damaged files, or utterances that differ in layers or width.
+
+def match(x, labels, where):
+    """Features (layers, T, H) and an utterance's labels -> the same, of as many frames.
+
+    With two labels more than frames, the windows of the labels' frames were centred on every 10 ms,
+    beyond the ends as well (Kaldi's --snip-edges=false): the second label is then the nearest to
+    the middle of our first frame.
     """
-    if is_finished(folder):
-        # A copy, because a view would keep the whole padded tensor in memory.
-        utterances = Utterances([LibriSpeech(folder)])
-        features = {utt_id: x[:length].clone() for x, length, utt_id in utterances}
-    else:
-        paths = sorted(Path(folder).glob("*.pt"))
-        features = {path.name.removesuffix(".pt"): load(path) for path in paths}
-    if not features:
-        raise UserError(f"{folder}: no features (.pt) in it")
-    first = next(iter(features.values()))
-    for utt_id, x in features.items():
-        if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() in (2, 3)):
-            raise UserError(f"{folder}: utterance {utt_id}: expected a tensor ((layers,) T, H)")
-        if x.shape[:-2] != first.shape[:-2] or x.shape[-1] != first.shape[-1]:
-            raise UserError(
-                f"{folder}: utterance {utt_id}: shape {tuple(x.shape)} does not match "
-                f"{tuple(first.shape)} of the first one"
-            )
-    if first.dim() == 2:
-        return {utt_id: x[None] for utt_id, x in features.items()}, ["features"]
-    return features, [f"layer {i + 1}" for i in range(len(first))]
+    surplus = len(labels) - x.size(1)
+    if abs(surplus) > SPARE_LABELS:
+        raise UserError(f"{where}: {x.size(1)} frames, but {len(labels)} labels")
+    labels = labels[max(surplus, 0) // 2 :][: x.size(1)]
+    return x[:, : len(labels)], labels
 
 
-def read_labelled(folder, labels):
-    """read_features(); UserError unless every frame of every utterance has a label."""
-    features, layers = read_features(folder)
-    for utt_id, x in features.items():
-        if utt_id not in labels:
-            raise UserError(f"{folder}: utterance {utt_id}: has no labels")
-        if (frames := x.shape[1]) != (count := len(labels[utt_id])):
-            raise UserError(f"{folder}: utterance {utt_id}: {frames} frames, but {count} labels")
-    return features, layers
-
-
-def speaker_of(utt_id):
-    """What stands before the first "-", as in LibriSpeech."""
-    return utt_id.split("-")[0]
-
-
-def hold_out(ids, split_by, test_fraction, seed):
-    """Utterance ids -> (training ids, test ids), drawn at random."""
-    groups = {utt_id: speaker_of(utt_id) if split_by == "speaker" else utt_id for utt_id in ids}
-    names = np.random.default_rng(seed).permutation(sorted(set(groups.values()))).tolist()
-    if len(names) < 2:
-        raise UserError(f"only one {split_by}: nothing to hold out for the test")
-    held_out = set(names[: max(1, round(test_fraction * len(names)))])
-    train = [utt_id for utt_id in ids if groups[utt_id] not in held_out]
-    return train, [utt_id for utt_id in ids if groups[utt_id] in held_out]
-
-
-def read_sets(folder, test_folder, labels, args):
-    """-> (features to train on, features to test on, layers' names)."""
-    features, layers = read_labelled(folder, labels)
-    if test_folder is None:
-        sets = hold_out(list(features), args.split_by, args.test_fraction, args.seed)
-        return *({utt_id: features[utt_id] for utt_id in ids} for ids in sets), layers
-    test_features, test_layers = read_labelled(test_folder, labels)
-    if both := features.keys() & test_features.keys():
-        raise UserError(f"{test_folder}: utterance {min(both)}: is in {folder} too")
-    if test_layers != layers:
-        raise UserError(f"{test_folder}: has {test_layers}, but {folder} has {layers}")
-    return features, test_features, layers
+def read_labelled(folder, ids, labels):
+    """Yield features (layers, T, H) and T labels of each utterance."""
+    lengths = read_lengths(folder) if is_finished(folder) else {}
+    first = None
+    for utt_id in ids:
+        x, y = match(read_features(folder, utt_id, lengths), labels[utt_id], f"{folder}: {utt_id}")
+        first = x if first is None else first
+        if x.shape[::2] != first.shape[::2]:
+            raise UserError(f"{folder}: {utt_id}: {tuple(x.shape)} after {tuple(first.shape)}")
+        yield x, y
 
 
 # The classifier -----------------------------------------------------------------------------------
 
 
-def fit(x, y, num_classes, steps, seed, hidden_size=0, learning_rate=0.01, batch_size=512):
+def fit(x, y, num_classes, hidden_size, steps, seed, learning_rate=0.01, batch_size=512):
     """Fit a softmax classifier with Adam; the learning rate falls to 0 along a cosine.
 
     Args:
-        x: (N, H) float32, standardised here by their own mean and standard deviation.
+        x: (N, H), standardised here by their own mean and standard deviation.
         y: (N,) int64, classes below num_classes.
-        hidden_size: 0 for a linear classifier, otherwise the ReLUs of one hidden layer.
+        hidden_size: of one hidden layer of ReLUs; 0 for a linear classifier.
 
     Returns:
         A function from (M, H) to the M most probable classes.
     """
-    mean, scale = x.mean(dim=0), 1 / x.std(dim=0).clamp(min=1e-6)
-    x = (x - mean) * scale
+    mean, scale = x.float().mean(dim=0), 1 / x.float().std(dim=0).clamp(min=1e-6)
     torch.manual_seed(seed)
+    model = nn.Linear(hidden_size or x.size(1), num_classes)
     if hidden_size:
-        hidden = nn.Linear(x.size(1), hidden_size)
-        model = nn.Sequential(hidden, nn.ReLU(), nn.Linear(hidden_size, num_classes))
-    else:
-        model = nn.Linear(x.size(1), num_classes)
+        model = nn.Sequential(nn.Linear(x.size(1), hidden_size), nn.ReLU(), model)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         batch = torch.randint(len(x), (batch_size,))
-        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        loss = nn.functional.cross_entropy(model((x[batch].float() - mean) * scale), y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return lambda x: model((x - mean) * scale).detach().argmax(dim=1)
+    return lambda x: model((x.float() - mean) * scale).detach().argmax(dim=1)
 
 
-def error_rate(wrong, counts):
-    """Errors and examples of each utterance, (U,) -> error rate and its standard error, in %.
-
-    The frames of an utterance are not independent, so the sample is one of utterances.
-    """
-    rate = wrong.sum() / counts.sum()
-    standard_error = np.sqrt(np.square(wrong - rate * counts).sum()) / counts.sum()
-    return 100 * float(rate), 100 * float(standard_error)
-
-
-def probe(train, test, labels, layer, args):
-    """Train a classifier on one layer's frames -> its error_rate() on the test set."""
-    x, x_test = (torch.cat([u[layer] for u in part.values()]).float() for part in (train, test))
-    y, y_test = ([label for utt_id in part for label in labels[utt_id]] for part in (train, test))
-    classes = {label: i for i, label in enumerate(sorted({*y, *y_test}))}
-    y, y_test = (torch.tensor([classes[label] for label in part]) for part in (y, y_test))
-    predict = fit(x, y, len(classes), args.steps, args.seed, hidden_size=512 if args.mlp else 0)
-    counts = [len(labels[utt_id]) for utt_id in test]
-    wrong = [part.sum().item() for part in (predict(x_test) != y_test).split(counts)]
-    return error_rate(np.array(wrong), np.array(counts))
+def probe(folder, labels, train_ids, test_ids, args):
+    """-> {layer: correct frames (seeds, test utterances)}, and the utterances' frames."""
+    classes = {label: i for i, label in enumerate(sorted({y for u in labels.values() for y in u}))}
+    every = -(-sum(len(labels[utt_id]) for utt_id in train_ids) // args.max_frames)
+    xs, ys = zip(*read_labelled(folder, list(train_ids)[::every], labels))
+    y = torch.tensor([classes[label] for part in ys for label in part])
+    print(f"{folder}: training on {len(xs)} utterances ({len(y)} frames)", file=sys.stderr)
+    layers = {}
+    for layer in range(len(xs[0])):
+        x = torch.cat([part[layer] for part in xs])
+        flags = (len(classes), args.hidden_size, args.steps)
+        layers[layer] = [fit(x, y, *flags, seed) for seed in args.seeds]
+    counts, correct = [], {layer: [[] for _ in args.seeds] for layer in layers}
+    for x, y in read_labelled(folder, test_ids, labels):
+        y = torch.tensor([classes[label] for label in y])
+        counts.append(len(y))
+        for layer, classifiers in layers.items():
+            for row, classify in zip(correct[layer], classifiers):
+                row.append((classify(x[layer]) == y).sum().item())
+    return correct, counts
 
 
 # The table ----------------------------------------------------------------------------------------
 
 
-def table(corner, rows, cell="{0[0]:.1f} ± {0[1]:.1f}"):
-    """{row: {column: value}} -> a Markdown table, in which a value is written as cell.format()."""
+def accuracy(correct, counts, minus=None, samples=2000):
+    """Correct frames (seeds, utterances), and frames -> accuracy in %, and its 95 % interval.
+
+    `minus` is another classifier's: then it is the accuracies' difference, over the same samples.
+    """
+    correct = np.mean(correct, axis=0) - (0 if minus is None else np.mean(minus, axis=0))
+    counts = np.array(counts)
+    drawn = np.random.default_rng(0).integers(len(counts), size=(samples, len(counts)))
+    rates = correct[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(rates, (0.025, 0.975))
+    return 100 * correct.sum() / counts.sum(), 100 * low, 100 * high
+
+
+def table(corner, rows):
+    """{row: {column: text}} -> a Markdown table."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [[corner, *columns], ["---"] * (1 + len(columns))]
-    for name, row in rows.items():
-        lines.append([name, *(cell.format(row[c]) if c in row else "" for c in columns)])
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def row_names(args, folders, parser):
-    """The names of the folders in the tables."""
-    names = args.names or folders
-    if len(names) != len(folders) or len(set(names)) < len(names):
-        parser.error(f"--names: expected {len(folders)} different names, found {' '.join(names)}")
-    return names
+def accuracy_table(results):
+    """What --json has -> a Markdown table."""
+    cell = "{:.1f} ({:.1f} to {:.1f})".format
+    rows = {
+        name: {
+            "features" if len(layers) == 1 else f"layer {int(layer) + 1}": cell(
+                *accuracy(correct, results["frames"])
+            )
+            for layer, correct in layers.items()
+        }
+        for name, layers in results["correct"].items()
+    }
+    return table("frame accuracy, %", rows)
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    names = row_names(args, args.train_features, parser)
-    test_folders = args.test_features or [None] * len(names)
-    if len(test_folders) != len(names):
-        parser.error("--test_features: expected as many folders as --train_features")
-    if not 0 < args.test_fraction < 1:
-        parser.error(f"--test_fraction {args.test_fraction:g}: expected a number between 0 and 1")
-    labels = read_labels(args.labels)
-    errors = {}
-    for name, folder, test_folder in zip(names, args.train_features, test_folders):
-        train, test, layers = read_sets(folder, test_folder, labels, args)
-        sizes = [
-            f"{len(part)} utterances ({sum(len(labels[utt_id]) for utt_id in part)} frames)"
-            for part in (train, test)
-        ]
-        print(f"{name}: training on {sizes[0]}, testing on {sizes[1]}", file=sys.stderr)
-        errors[name] = {
-            layer: probe(train, test, labels, i, args) for i, layer in enumerate(layers)
-        }
-    print(table("frame error rate, %", errors), end="")
+    names = args.names or args.features
+    if len(names) != len(args.features) or len(set(names)) < len(names):
+        parser.error(f"--names: expected {len(args.features)} different names, found {names}")
+    labels, train_ids, test_ids = map(read_table, (args.labels, args.train_ids, args.test_ids))
+    if both := train_ids.keys() & test_ids.keys():
+        raise UserError(f"{args.test_ids}: utterance {min(both)} is in {args.train_ids} too")
+    if lost := [utt_id for utt_id in (*train_ids, *test_ids) if not labels.get(utt_id)]:
+        raise UserError(f"{args.labels}: {len(lost)} utterances have no labels: {lost[0]}, ...")
+    results = {"correct": {}}
+    for name, folder in zip(names, args.features):
+        found = probe(folder, labels, train_ids, test_ids, args)
+        results["correct"][name], results["frames"] = found
+    print(accuracy_table(results), end="")
     if args.json:
-        write_json(errors, args.json)
+        write_json(results, args.json)
 
 
 if __name__ == "__main__":

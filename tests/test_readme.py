@@ -46,8 +46,8 @@ def test_python_examples_run_in_order(tmp_path, monkeypatch):
     example_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = run_python(block for block in blocks("python") if "onnx" not in block)
-    assert names["last"].shape == (2, 150, 16)
-    assert names["mixture"].shape == (2, 150, 16)
+    assert names["last"].shape == (2, 150, 512)
+    assert names["mixture"].shape == (2, 150, 512)
 
 
 def test_onnx_example_runs(tmp_path, monkeypatch):
@@ -109,12 +109,12 @@ def test_commands_parse():
     scripts = set()
     for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            match = re.search(r"(?:python|torchrun .*?) ?(\w+)\.py\b(.*)", line)
+            match = re.search(r"(?:python|torchrun .*?) ?\b([\w/]+)\.py\b(.*)", line)
             if match and not line.startswith("#"):
                 scripts.add(match[1])
                 words = shlex.split(match[2], comments=True)
                 if words != ["..."]:
-                    parser = importlib.import_module(match[1]).build_parser()
+                    parser = importlib.import_module(match[1].replace("/", ".")).build_parser()
                     parser.parse_args([word for word in words if word != "..."])
     assert scripts >= {"prepare_data", "train", "extract_features", "load_pretrained"}
 

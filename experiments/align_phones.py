@@ -1,0 +1,119 @@
+"""Which phone every frame is: the English texts, aligned to the recordings by pocketsphinx.
+
+    pip install -r experiments/requirements.txt
+    python experiments/align_phones.py corpus
+
+Reads OUT/texts.txt and the English recordings that make_corpus.py wrote, and writes OUT/labels.txt:
+one utterance per line, its id, then the phone of each frame (ARPAbet without stress; SIL between
+words). pocketsphinx's frames begin where those of our fbank do, every 10 ms, and their middles are
+0.3 ms later, so that its labels are taken as they are. Prompts with words that its dictionary lacks
+(or with numbers, signs or sounds that might be spoken in several ways) are left out and counted.
+"""
+
+import argparse
+import collections
+import functools
+import re
+import sys
+from pathlib import Path
+
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import HelpFormatter, UserError, atomic_write, num_cores, positive, run_jobs, run_main
+
+WINDOW, SHIFT = 400, 160  # samples of our fbank's frames at 16 kHz
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument("corpus", metavar="OUT", help="make_corpus.py's folder")
+    parser.add_argument("--num_workers", type=positive, default=num_cores(), help="processes")
+    return parser
+
+
+def spoken(text):
+    """A text -> the words that are spoken, or None if that is not certain."""
+    text = re.sub(r"\s\[.\]$", "", text.lower())  # "slash [/]" tells of the sign
+    text = re.sub(r"(?<![\d.])\d(?![\d.]\d|\d)", lambda found: f" {DIGITS[int(found[0])]} ", text)
+    if re.search(r"\d|[^\w\s.,:;?!'\"-]", text):
+        return None
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text)
+
+
+def frame_labels(segments, num_frames):
+    """[(phone, first frame, frames)] -> num_frames labels; None unless the segments are gapless."""
+    labels = []
+    for phone, start, duration in segments:
+        if start != len(labels):
+            return None
+        labels += [phone] * duration
+    if not 0 <= num_frames - len(labels) <= 2:  # the aligner drops a frame at the end
+        return None if len(labels) < num_frames else labels[:num_frames]
+    return labels + labels[-1:] * (num_frames - len(labels))
+
+
+@functools.cache
+def make_decoder():
+    from pocketsphinx import Decoder
+
+    return Decoder(lm=None, bestpath=False, loglevel="FATAL")  # or phones lack frames
+
+
+def align(job):
+    """(utt_id, text, path) -> (utt_id, labels or None, why not)."""
+    utt_id, text, path = job
+    decoder = make_decoder()
+    found = spoken(text)
+    if not found:
+        return utt_id, None, "numbers, signs or sounds"
+    if any(decoder.lookup_word(word) is None for word in found):
+        return utt_id, None, "words that are not in the dictionary"
+    samples, _ = soundfile.read(path, dtype="int16")
+    try:
+        decoder.set_align_text(" ".join(found))
+        for second_pass in (False, True):  # words, then phones
+            if second_pass:
+                decoder.set_alignment()
+            decoder.start_utt()
+            decoder.process_raw(samples.tobytes(), full_utt=True)
+            decoder.end_utt()
+        segments = [(p.name, p.start, p.duration) for word in decoder.get_alignment() for p in word]
+    except RuntimeError:  # no path through the text
+        return utt_id, None, "no alignment"
+    labels = frame_labels(segments, 1 + (len(samples) - WINDOW) // SHIFT)
+    return utt_id, labels, "no alignment"
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    corpus = Path(args.corpus)
+    try:
+        import pocketsphinx  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("needs pocketsphinx: pip install -r experiments/requirements.txt") from None
+    recordings = {path.stem: path for path in corpus.glob("*/en/*.flac")}
+    lines = (corpus / "texts.txt").read_text(encoding="utf-8").splitlines()
+    jobs = [
+        (utt_id, text, recordings[utt_id])
+        for utt_id, text in (line.split(" ", 1) for line in lines)
+        if utt_id in recordings
+    ]
+    lines, left_out = [], collections.Counter()
+    for utt_id, labels, why in run_jobs(jobs, align, args.num_workers):
+        if labels is None:
+            left_out[why] += 1
+        else:
+            lines.append(f"{utt_id} {' '.join(labels)}")
+    with atomic_write(corpus / "labels.txt") as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
+    counts = "; ".join(f"{count} with {why}" for why, count in left_out.items())
+    print(f"{corpus}: {len(lines)} of {len(jobs)} English prompts aligned; left out: {counts}")
+
+
+if __name__ == "__main__":
+    run_main(main)
