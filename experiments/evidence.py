@@ -24,7 +24,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -70,43 +69,39 @@ def build_parser():
 # The stages ---------------------------------------------------------------------------------------
 
 
-def call(work, stage, *command):
-    """Run a command, and add the seconds it took to times.json."""
+def call(stage, *command):
+    """Run a command -> its output."""
     command = [str(part) for part in command]
     print(f"\n{stage}: {shlex.join(command)}", flush=True)
-    start = time.perf_counter()
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f"{stage}: {Path(command[0]).name} ended with status {done.returncode}")
-    times = read_json(work / "times.json") or {}
-    times[stage] = times.get(stage, 0) + time.perf_counter() - start
-    write_json(times, work / "times.json")
     print(done.stdout, end="", flush=True)
     return done.stdout
 
 
-def run_script(work, stage, script, *flags):
-    return call(work, stage, sys.executable, ROOT / script, *flags)
+def run_script(stage, script, *flags):
+    return call(stage, sys.executable, ROOT / script, *flags)
 
 
 def make_data(work, kinds):
     """The corpus, its phones, and its log-Mel frames, normalised in several ways."""
     corpus, data = work / "corpus", work / "data"
     if not (corpus / "texts.txt").exists():
-        run_script(work, "corpus", "experiments/make_corpus.py", corpus)
+        run_script("corpus", "experiments/make_corpus.py", corpus)
     for kind in kinds:
         for split in ("train", "dev", "test"):
             if not is_finished(data / kind / split):
                 flags = ("--librispeech_from_audio", corpus / split, *CMVN[kind])
                 flags += ("--save_dir", data / kind / split, "--max_seq_len", 3200)
-                run_script(work, "log-Mel", "prepare_data.py", *flags)
+                run_script("log-Mel", "prepare_data.py", *flags)
 
 
 def make_probe_data(work, kinds):
     """Labels, the lists of ids, and folders of the labelled utterances of both splits."""
     corpus, data = work / "corpus", work / "data"
     if not (corpus / "labels.txt").exists():
-        run_script(work, "alignment", "experiments/align_phones.py", corpus)
+        run_script("alignment", "experiments/align_phones.py", corpus)
     labelled = read_table(corpus / "labels.txt")
     for split in ("train", "test"):
         ids = [name.removesuffix(".pt") for name in read_lengths(data / "speaker" / split)]
@@ -142,7 +137,7 @@ def train(work, run, epochs, learning_rate=0.001, name=None, init_checkpoint=Non
     flags += ("--learning_rate", learning_rate, "--batch_size", 16, "--epochs", epochs)
     flags += ("--seed", 0, "--experiment_name", name, "--store_path", work / "runs")
     flags += ("--init_checkpoint", init_checkpoint) if init_checkpoint else ()
-    run_script(work, f"training, {name}", "train.py", *flags, "--save_steps", 50, "--resume")
+    run_script(f"training, {name}", "train.py", *flags, "--save_steps", 50, "--resume")
 
 
 def extract(work, run, epoch, split, layer, model=None):
@@ -155,7 +150,7 @@ def extract(work, run, epoch, split, layer, model=None):
         flags = ("--checkpoint", model or model_file(work, run, epoch), "--resume")
         flags += ("--data_dir", work / "data" / RUNS[run][1] / split, "--save_dir", save_dir)
         flags += ("--layer", layer, "--dtype", "float32" if split == "test" else "float16")
-        run_script(work, "features", "extract_features.py", *flags)
+        run_script("features", "extract_features.py", *flags)
         (save_dir / "finished").touch()
     return save_dir
 
@@ -170,7 +165,7 @@ def run_probe(work, rows, hidden_size=0):
             flags = (folder, "--names", name, "--labels", work / "corpus" / "labels.txt")
             flags += ("--train_ids", work / "train_ids.txt", "--test_ids", work / "test_ids.txt")
             flags += ("--hidden_size", hidden_size, "--json", path)
-            run_script(work, "classifiers", "experiments/phone_probe.py", *flags)
+            run_script("classifiers", "experiments/phone_probe.py", *flags)
         found = read_json(path)
         results["correct"] |= found["correct"]
         results["frames"] = found["frames"]
@@ -206,7 +201,7 @@ def run_abx(work, rows):
             if column not in results.setdefault(row, {}):
                 flags = ("--frequency", 100, "--context", "any", "--max-size-group", 10)
                 flags += ("--output", "json", "--quiet")
-                out = call(work, "ABX", program, work / "test.item", folder, *flags)
+                out = call("ABX", program, work / "test.item", folder, *flags)
                 results[row][column] = 100 * json.loads(out)["score"]
                 write_json(results, work / "abx.json")
     return results
@@ -224,7 +219,6 @@ Written by `python experiments/evidence.py`, not to be edited.
   {test_frames} frames, {silence:.1f} % of them silence
 - models: 3 GRU layers of 512, residual; {epochs} epochs, {steps} steps of 16 utterances, Adam,
   learning rate 0.001, loss over real frames; mean normalised over the speaker
-- {minutes:.0f} minutes: {stages}
 
 Accuracies are means of three seeds of the classifier, which differ by at most {seeds:.1f} points.
 In brackets are bootstrap intervals of 95 % over the test prompts. Most of that is common to all
@@ -319,7 +313,6 @@ def report(args, work, linear, hidden, normalisation, abx):
     others = {name: row["2"] for name, row in normalisation["correct"].items() if len(row) > 1}
     missing = "Not measured: there was no `fastabx` (Python 3.12 and newer).\n"
     abx = {row: {c: f"{x:.1f}" for c, x in rates.items()} for row, rates in (abx or {}).items()}
-    times = read_json(work / "times.json")
     text = REPORT.format(
         date=datetime.date.today(),
         machine=machine(),
@@ -332,8 +325,6 @@ def report(args, work, linear, hidden, normalisation, abx):
         silence=100 * tested.count("SIL") / len(tested),
         epochs=args.epochs,
         steps=args.epochs * -(-len(lengths["train"]) // 16),
-        minutes=sum(times.values()) / 60,
-        stages=", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in times.items()),
         seeds=max(
             np.ptp(100 * np.sum(correct, axis=1) / sum(results["frames"]))
             for results in (linear, hidden, normalisation)

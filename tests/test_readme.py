@@ -7,32 +7,17 @@ import subprocess
 
 import pytest
 import soundfile
-import torch
 from conftest import speech
 from processes import ROOT
 
 import load_pretrained
 import prepare_data
-from apc_model import APCModel
-from utils import RNNConfig, write_json
 
 README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def example_folder(path):
-    """What the examples take to be there."""
-    folder = path / "logs" / "apc.dir"
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    model = APCModel(80, None, RNNConfig(80, 16, 3, 0.0, True))
-    torch.save(model.state_dict(), folder / "apc__epoch_100.model")
-    write_json({"rnn_residual": True}, folder / "config.json")
-    (path / "path/to/this").mkdir(parents=True)
-    (path / "path/to/this/folder").symlink_to(ROOT)
 
 
 def run_python(blocks):
@@ -43,7 +28,8 @@ def run_python(blocks):
 
 
 def test_python_examples_run_in_order(tmp_path, monkeypatch):
-    example_folder(tmp_path)
+    (tmp_path / "path/to/this").mkdir(parents=True)
+    (tmp_path / "path/to/this/folder").symlink_to(ROOT)
     monkeypatch.chdir(tmp_path)
     names = run_python(block for block in blocks("python") if "onnx" not in block)
     assert names["last"].shape == (2, 150, 512)
@@ -53,11 +39,10 @@ def test_python_examples_run_in_order(tmp_path, monkeypatch):
 def test_onnx_example_runs(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    example_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    load_pretrained.main(["logs/apc.dir/apc__epoch_100.model", "--to_onnx", "apc.onnx"])
+    load_pretrained.main([str(ROOT / "pretrained/apc_3x512_n3.pt"), "--to_onnx", "apc.onnx"])
     names = run_python(block for block in blocks("python") if "onnx" in block)
-    assert names["features"].shape == (1, 150, 16)
+    assert names["features"].shape == (1, 150, 512)
 
 
 # Of each corpus in the table: its files (below what its flags name), how many utterances and
