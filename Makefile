@@ -1,6 +1,6 @@
 # make demo: the whole way on the samples.     make test: lint and tests.
 # make bench: speed, in under ten minutes.     make evidence: what the features are good for, in an hour.
-# make pretrained: the model of pretrained/ anew, in an hour and a half.
+# make pretrained: the model of pretrained/ anew, in half an hour.
 # Each needs Python 3.10 or newer and nothing else: it makes .venv and installs what is missing.
 
 PYTHON ?= python3

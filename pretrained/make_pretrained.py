@@ -1,7 +1,7 @@
 """Make the model beside this script from nothing: fetch the speech, train, keep the best epoch.
 
     pip install -r requirements.txt       # on Debian, with apt-get install ffmpeg
-    python pretrained/make_pretrained.py  # about an hour and a half on two quiet cores
+    python pretrained/make_pretrained.py  # about half an hour on two quiet cores
 
 After an interruption the same command goes on. The run begins as experiments/evidence.py's run
 with utterance CMVN, and ends at a tenth of its learning rate. Of the epochs, that with the smallest
@@ -30,7 +30,7 @@ def build_parser():
         description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--epochs", type=positive, default=20, help="at learning rate 0.001")
+    add("--epochs", type=positive, default=4, help="at learning rate 0.001")
     add("--last_epochs", type=positive, default=2, help="at learning rate 0.0001")
     add("--work_dir", default="./logs/evidence", help="for the corpus and the runs")
     add("--save_dir", default=str(HERE), help="for the weights and config.json, replaced")
