@@ -1,7 +1,8 @@
 # make demo: the whole way on the samples.     make test: lint and tests.
 # make bench: speed, in under ten minutes.     make evidence: what the features are good for, in an hour.
 # make pretrained: the model of pretrained/ anew, in half an hour.
-# Each needs Python 3.10 or newer and nothing else: it makes .venv and installs what is missing.
+# Each needs Python 3.10 or newer: it makes .venv and installs what is missing. The last two fetch
+# speech, and need Debian's apt-get and ffmpeg.
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -38,7 +39,7 @@ bench: .venv/runtime
 evidence: .venv/evidence
 	$(BIN)/python experiments/evidence.py
 
-pretrained: .venv/evidence
+pretrained: .venv/runtime
 	$(BIN)/python pretrained/make_pretrained.py
 
 clean:

@@ -56,9 +56,8 @@ def frame_labels(segments, num_frames):
         if start != len(labels):
             return None
         labels += [phone] * duration
-    if not 0 <= num_frames - len(labels) <= 2:  # the aligner drops a frame at the end
-        return None if len(labels) < num_frames else labels[:num_frames]
-    return labels + labels[-1:] * (num_frames - len(labels))
+    missing = num_frames - len(labels)  # the aligner drops a frame at the end
+    return None if missing > 2 else (labels + labels[-1:] * missing)[:num_frames]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ ones, by the same speaker: what features tell of speakers cannot be shown on thi
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import pickle
@@ -155,12 +156,17 @@ def extract(work, run, epoch, split, layer, model=None):
     return save_dir
 
 
+def result_name(work, folder):
+    """A folder in the work folder -> a name for what was measured on it."""
+    return "_".join(folder.relative_to(work).parts)
+
+
 def run_probe(work, rows, hidden_size=0):
     """{row: folder} -> phone_probe.py's results."""
     results = {"correct": {}}
     (work / "probes").mkdir(exist_ok=True)
     for name, folder in rows.items():
-        path = work / "probes" / (re.sub(r"\W+", "_", f"{name} {hidden_size}") + ".json")
+        path = work / "probes" / f"{result_name(work, folder)}_{hidden_size}.json"
         if not path.exists():
             flags = (folder, "--names", name, "--labels", work / "corpus" / "labels.txt")
             flags += ("--train_ids", work / "train_ids.txt", "--test_ids", work / "test_ids.txt")
@@ -191,19 +197,22 @@ def write_items(work):
 
 def run_abx(work, rows):
     """{row: {column: folder}} -> the same with ABX error rates in %; None without fastabx."""
-    results = read_json(work / "abx.json") or {}
     program = shutil.which("fastabx") or shutil.which("fastabx", path=Path(sys.executable).parent)
-    if not program and not results:
+    if not program:
         return None
     write_items(work)
+    results, rates = {}, read_json(work / "abx.json") or {}
     for row, folders in rows.items():
+        results[row] = {}
         for column, folder in folders.items():
-            if column not in results.setdefault(row, {}):
+            name = result_name(work, folder)
+            if name not in rates:
                 flags = ("--frequency", 100, "--context", "any", "--max-size-group", 10)
                 flags += ("--output", "json", "--quiet")
                 out = call("ABX", program, work / "test.item", folder, *flags)
-                results[row][column] = 100 * json.loads(out)["score"]
-                write_json(results, work / "abx.json")
+                rates[name] = 100 * json.loads(out)["score"]
+                write_json(rates, work / "abx.json")
+            results[row][column] = rates[name]
     return results
 
 
@@ -221,9 +230,9 @@ Written by `python experiments/evidence.py`, not to be edited.
   learning rate 0.001, loss over real frames; mean normalised over the speaker
 
 Accuracies are means of three seeds of the classifier, which differ by at most {seeds:.1f} points.
-In brackets are bootstrap intervals of 95 % over the test prompts. Most of that is common to all
-rows, since some prompts are harder than others; differences are of the same prompts. There is one
-model for each n.
+In brackets are bootstrap intervals of 95 % over the test prompts. Most of their width is shared by
+all rows, since some prompts are harder than others; differences are of the same prompts. There is
+one model for each n, and the intervals say nothing of other training runs.
 
 ## Frame accuracy of a linear classifier
 
@@ -242,7 +251,8 @@ Against APC, n = 3, on the speaker's mean, last layers: {normalisation_differenc
 
 ## ABX error rate
 
-Within the speaker, any context, the test prompts' phones, angular distance, at most 10 of a phone.
+Within the speaker, any context, the test prompts' phones, angular distance, at most 10 examples of
+a phone.
 
 {abx}
 ## Validation loss
@@ -379,7 +389,8 @@ def main(argv=None):
         others[f"log-Mel, {title}"] = work / "data" / RUNS[run][1] / "english"
         others[f"APC, {title}"] = extract(work, run, args.epochs, "english", "all")
     if PRETRAINED.exists():
-        folder = extract(work, "utterance_n3", "pretrained", "english", "all", PRETRAINED)
+        digest = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()[:8]
+        folder = extract(work, "utterance_n3", digest, "english", "all", PRETRAINED)
         others["pretrained/, utterance's mean"] = folder
     linear, hidden = run_probe(work, rows), run_probe(work, rows, HIDDEN)
     normalisation = run_probe(work, others)

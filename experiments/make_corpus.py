@@ -9,9 +9,9 @@ OUT/texts.txt: an utterance id and its text a line. Ids are paths, such as en-di
 is one voice, though the English and the Spanish one are the same woman's.
 
 Prompts with one text, and prompts that share five words in a row, are kept together, so that no
-sentence is on both sides of a split; shorter phrases and words are. Which split they go to hangs on
-a hash of their texts. Only English is tested on. Prompts without a text, and those whose text says
-that they are no speech, are left out.
+sentence is on both sides of a split; shorter phrases and words may be. Which split they go to
+depends on a hash of their texts. Only English is tested on. Prompts without a text, and those whose
+text says that they are no speech, are left out.
 """
 
 import argparse
