@@ -79,11 +79,10 @@ def exit_status(main: Callable[[], None]) -> int:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script, and end it within seconds whatever happens, with its worker processes."""
+    """Run a script, and end it and its worker processes."""
     status = exit_status(main)
-    if status:
-        for process in multiprocessing.active_children():  # or tidying up might wait for one
-            process.kill()
+    for process in multiprocessing.active_children():
+        process.kill()  # it has done its work, and may be deaf to the SIGTERM that Python sends
     if "WORLD_SIZE" in os.environ:  # and for other processes of the run
         sys.stdout.flush()
         sys.stderr.flush()

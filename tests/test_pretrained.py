@@ -1,6 +1,6 @@
 """The model in pretrained/, as it lies there.
 
-PYTHONPATH=. python tests/test_pretrained.py  # writes pretrained_features.json for a new model
+For a new model, `PYTHONPATH=. python tests/test_pretrained.py` writes pretrained_features.json.
 """
 
 import json
