@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import children, error_line, leave_room, snapshot
+from processes import ROOT, children, error_line, leave_room, snapshot
 
 from utils import (
     UserError,
@@ -199,3 +200,15 @@ def test_how_a_script_ends(call_main):
     assert (result.returncode, result.stderr) == (130, "")
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         call_main(main(lambda: 1 / 0))
+
+
+def test_a_script_ends_though_its_worker_is_deaf_to_sigterm():
+    code = """
+import multiprocessing, signal, time, utils
+def main():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
+utils.run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0
