@@ -83,7 +83,7 @@ def run_main(main: Callable[[], None]) -> None:
     status = exit_status(main)
     for process in multiprocessing.active_children():
         process.kill()  # it has done its work, and may be deaf to the SIGTERM that Python sends
-    if "WORLD_SIZE" in os.environ:  # and for other processes of the run
+    if "WORLD_SIZE" in os.environ:  # tidying up might wait for other processes of the run
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -86,7 +86,7 @@ def run_script(stage, script, *flags):
 
 
 def make_data(work, kinds):
-    """The corpus, its phones, and its log-Mel frames, normalised in several ways."""
+    """The corpus, and its log-Mel frames normalised in ways that CMVN names."""
     corpus, data = work / "corpus", work / "data"
     if not (corpus / "texts.txt").exists():
         run_script("corpus", "experiments/make_corpus.py", corpus)
