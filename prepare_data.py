@@ -190,10 +190,9 @@ def frame_blocks(utterance: tuple | BadUtterance) -> Iterator[np.ndarray]:
 
 
 def is_ours(name: str) -> bool:
+    others = ["lengths.pkl", "prepared.json", "skipped.txt", "left_out.txt"]
     name = name.removesuffix(".tmp")
-    return name.endswith(".pt") or name in (
-        *("lengths.pkl", "prepared.json", "skipped.txt", "left_out.txt"),
-    )
+    return name.endswith(".pt") or name in others
 
 
 def open_save_dir(args: argparse.Namespace) -> None:
