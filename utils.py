@@ -1,12 +1,10 @@
-"""What every script shares: configurations, errors, devices, processes, whole files."""
+"""What every script shares: configurations, errors, devices, processes, logging, atomic files."""
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
 import datetime
-import fcntl
-import functools
 import io
 import json
 import logging
@@ -24,8 +22,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-__version__ = "1.0.0"
+__version__ = "2.0.0.dev0"
 
 
 class PrenetConfig(NamedTuple):
@@ -38,7 +38,7 @@ class PrenetConfig(NamedTuple):
 
 
 class RNNConfig(NamedTuple):
-    """The original release's, positional as there; rnn_type, which it has not, comes last."""
+    """The original release's, positional as there; the last field, rnn_type, is ours."""
 
     input_size: int
     hidden_size: int
@@ -56,19 +56,18 @@ class UserError(ValueError):
 
 
 class BadUtterance(UserError):
-    """An utterance that cannot be used, while others of its source can: --skip_bad goes on."""
+    """An utterance that cannot be used, while others of its source can: --skip_bad skips it."""
 
 
 def exit_status(main: Callable[[], None]) -> int:
     """Run a script's main() -> its exit status; a user error is one line on stderr and status 1."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         main()
         return 0
-    except (UserError, OSError, MemoryError) as error:
-        sys.unraisablehook = lambda _: None  # libraries' objects may complain as they go
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory: lower --batch_size; when training, --accumulate_steps K"
         message = message.encode("utf-8", "backslashreplace").decode()
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         return 1
@@ -80,9 +79,9 @@ def exit_status(main: Callable[[], None]) -> int:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script, and end it and its worker processes."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     status = exit_status(main)
-    for process in multiprocessing.active_children():
-        process.kill()  # it has done its work, and may be deaf to the SIGTERM that Python sends
+    kill_workers()
     if "WORLD_SIZE" in os.environ:  # tidying up might wait for other processes of the run
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,14 +89,19 @@ def run_main(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows flags' defaults, where they have one."""
+def kill_workers() -> None:
+    """Kill the worker processes that are left: they may ignore the SIGTERM that Python sends."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
-    def _get_help_string(self, action):
-        is_switch = action.nargs == 0
-        return (
-            action.help if action.default is None or is_switch else super()._get_help_string(action)
-        )
+
+def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """An ArgumentParser whose --help ends with `examples` as they are written."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def positive(text: str, least: int = 1) -> int:
@@ -112,39 +116,7 @@ def not_negative(text: str) -> int:
     return positive(text, least=0)
 
 
-def quote(text: str | bytes) -> str:
-    """Text from a file, for a one-line message: short and printable."""
-    text = (text if isinstance(text, str) else text.decode("utf-8", "replace")).strip()
-    return repr(text if len(text) <= 40 else text[:40] + "...")
-
-
-def check_utt_id(utt_id: str | bytes, where: str) -> str:
-    """An utterance id (UTF-8, if bytes), which becomes a file name -> the same as str.
-
-    Raises:
-        UserError: naming `where`, if it would be a bad file name.
-    """
-    try:
-        utt_id = utt_id if isinstance(utt_id, str) else utt_id.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{where}: expected an utterance id in UTF-8, found {quote(utt_id)}"
-        ) from None
-    if (
-        not utt_id
-        or utt_id.startswith(".")
-        or re.search(r"[/\\]", utt_id)
-        or not utt_id.isprintable()
-        or len(utt_id.encode()) > 240
-    ):
-        raise UserError(
-            f"{where}: utterance id {quote(utt_id)} cannot be a file name: expected at most 240 "
-            "bytes, printable, without '/' and '\\', and not starting with '.'"
-        )
-    return utt_id
-
-
-# Devices, processes -------------------------------------------------------------------------------
+# Devices ------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
@@ -160,6 +132,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(choices[0] if name == "auto" else name)
 
 
+def set_numerics(tf32: bool = False) -> None:
+    """Set float32 precision on a GPU for the whole process: full, or TensorFloat-32.
+
+    Every script calls it, so that a model's features are the same in training and extraction.
+    """
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn, torch.backends.cudnn.conv):
+        backend.fp32_precision = "tf32" if tf32 else "ieee"
+
+
 def start_processes(
     device_name: str, timeout: datetime.timedelta = datetime.timedelta(minutes=10)
 ) -> tuple[int, int, torch.device]:
@@ -167,14 +148,14 @@ def start_processes(
 
     `timeout` is how long they wait for each other.
     """
-    # oneDNN, which computes LSTMs on a CPU, keeps something for each shape of a batch it has seen.
+    # oneDNN, which computes LSTMs on a CPU, caches something for each batch shape it has seen.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     device = choose_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
             logging.warning(
-                "SLURM started %s tasks, but this process knows of no others: start several with "
-                "torchrun, or one task",
+                "SLURM started %s tasks, but this process is not part of a distributed run: start "
+                "several with torchrun, or only one task",
                 os.environ["SLURM_NTASKS"],
             )
         return 0, 1, device
@@ -191,25 +172,12 @@ def start_processes(
         why = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"WORLD_SIZE is set, but this process cannot join the others ({why}): start it with "
-            "torchrun, a process a GPU, or unset WORLD_SIZE"
+            "torchrun, one process per GPU, or unset WORLD_SIZE"
         ) from None
     return dist.get_rank(), dist.get_world_size(), device
 
 
-@contextlib.contextmanager
-def report_machine_errors(device: torch.device, rank: int, world_size: int, advice: str):
-    """Turn the RuntimeErrors that are no bugs into UserErrors: no memory, another process gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        # On a CPU, PyTorch has no type of its own for a lack of memory.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"{device} is out of memory: {advice}") from None
-        if world_size == 1:
-            raise
-        # Most often another process is gone, which has said why.
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"process {rank + 1} of {world_size} cannot go on: {line}") from error
+# Processes ----------------------------------------------------------------------------------------
 
 
 def num_cores() -> int:
@@ -217,8 +185,38 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def catch_signals() -> list[signal.Signals]:
+    """Catch the signals that ask a run to stop -> a list that they are appended to.
+
+    The second Ctrl-C ends the process and its workers at once, whatever it is doing.
+    """
+    received = []
+
+    def handle(number, _):
+        if number == signal.SIGINT and signal.SIGINT in received:
+            kill_workers()
+            os._exit(128 + number)
+        name = signal.Signals(number).name
+        text = f"\n{name}: finishing the step, saving; press Ctrl-C again to stop at once\n"
+        os.write(2, text.encode())  # print() might be interrupted within itself
+        received.append(signal.Signals(number))
+
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # SLURM sends SIGTERM and SIGUSR1
+        number = getattr(signal, name, None)  # Windows lacks two of them
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets
+            signal.signal(number, handle)
+    return received
+
+
+def ignore_signals(_: int = 0) -> None:
+    """In a worker process: leave signals that reach the whole process group to the main process."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _follow_main_process():
-    """In a worker: leave Ctrl-C to the main process, and end when that is gone, even by SIGKILL."""
+    """In a worker of run_jobs(): end when the main process is gone, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait():
@@ -231,7 +229,7 @@ def _follow_main_process():
 def run_jobs(jobs: Iterable, function: Callable, num_workers: int) -> Iterator:
     """Yield function(job) for each job, in order, computed by `num_workers` processes.
 
-    Few jobs are under way at once, so that memory does not grow with the corpus.
+    Only a few jobs are in flight at once, so that memory does not grow with the corpus.
 
     Raises:
         UserError: a process was killed, as the system does when memory runs out.
@@ -255,33 +253,9 @@ def run_jobs(jobs: Iterable, function: Callable, num_workers: int) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-@functools.cache
-def _core_threads(num_threads, cores_each):
-    pool = concurrent.futures.ThreadPoolExecutor
-    return pool(num_threads, initializer=torch.set_num_threads, initargs=(cores_each,))
-
-
-def on_each_core(function: Callable, *parts: Any, smallest: int = 4) -> list:
-    """Call function(*parts) for each CPU core's share of a batch, all at once.
-
-    OpenMP would split every product over the cores, which then meet thousands of times in a step,
-    and all wait when one is busy with something else. Shares meet once.
-
-    Args:
-        function: called in a thread of its own; gradients are enabled there.
-        parts: tensors and lists of B utterances each; a share is every k-th of them.
-        smallest: utterances of a share, at least: thinner products would be slower.
-
-    Returns:
-        The results, in the order of shares [0::k], [1::k], ...
-    """
-    cores = torch.get_num_threads()
-    num_shares = max(1, min(cores, len(parts[0]) // smallest))
-    if num_shares == 1:
-        return [function(*parts)]
-    threads = _core_threads(num_shares, cores // num_shares)
-    shares = [[part[start::num_shares] for part in parts] for start in range(num_shares)]
-    return list(threads.map(lambda share: function(*share), shares))
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """tqdm; where stderr is a log file and no terminal, with an update every 30 s."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
 
 
 def setup_logging(path: str | None = None) -> None:
@@ -298,32 +272,33 @@ def setup_logging(path: str | None = None) -> None:
     )
 
 
-def lock_folder(path: str) -> None:
-    """Keep other processes out of a folder until this one ends, in whatever way it does.
+# Files --------------------------------------------------------------------------------------------
+
+
+def lock_folder(path: str) -> FileLock:
+    """Lock a folder until the process ends, or the returned lock is released or deleted.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has locked it.
     """
-    descriptor = os.open(os.path.join(path, ".lock"), os.O_RDWR | os.O_CREAT)  # stays open
+    lock = FileLock(os.path.join(path, ".lock"))
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        lock.acquire(blocking=False)
+    except Timeout:
         raise UserError(
-            f"{path}: another process is at work in this folder: wait for it, or choose another"
+            f"{path}: in use by another process: wait for it to end, or choose another folder"
         ) from None
-    except OSError as error:  # some network folders know no locks
-        logging.warning("%s: cannot be locked against a second process: %s", path, error.strerror)
-
-
-# Files --------------------------------------------------------------------------------------------
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        logging.warning("%s: cannot be locked against a second process: %s", path, error)
+    return lock
 
 
 @contextlib.contextmanager
 def atomic_write(path: str, sync: bool = True) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing bytes; rename it to `path` at the end.
+    """Open a temporary file next to `path` for writing bytes; rename it to `path` at the end.
 
     An error within leaves what was at `path` and removes the temporary file. `sync` waits until
-    the disk has the bytes before they get their name, so that no crash can leave half of them.
+    the bytes are on disk before the rename, so that no crash can leave half of them.
     """
     temporary = f"{path}.tmp"
     try:
@@ -375,14 +350,12 @@ def load(path: str, verify: bool = False) -> Any:
             raise UserError(f"{path}: not a file of plain tensors: {why}") from None
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value out of a file is a tensor of floating-point numbers that lie in memory."""
+def is_float_tensor(value: Any) -> bool:
+    """Whether a value from a file is a dense floating-point tensor."""
     return (
         isinstance(value, torch.Tensor)
         and value.is_floating_point()
         and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and value.is_contiguous()  # an expanded one may claim more than there is
     )
 
 
