@@ -143,7 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("hardware").add_argument
     devices = ["auto", "cpu", "cuda", "mps"]
     add("--device", choices=devices, default="auto", help=f"device to compute on {default}")
-    text = "autocast precision; weights stay fp32. On CUDA PyTorch computes RNNs in fp16 for bf16 too"
+    text = (
+        "autocast precision; weights stay fp32. On CUDA PyTorch computes RNNs in fp16 for bf16 too"
+    )
     add("--precision", choices=DTYPES, default="fp32", help=f"{text} {default}")
     text = "allow TensorFloat-32 in fp32 matrix multiplications on CUDA"
     add("--tf32", action="store_true", help=text)
@@ -466,3 +468,360 @@ def train_epoch(
         if stop or progress.step == args.max_steps:
             return stop
     return None
+
+
+# Evaluation ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: APCModel, loader, received: list, args: argparse.Namespace, seq_len: int
+) -> tuple[MeanLosses, int | None]:
+    """The validation set's losses, and a signal that interrupted their computation, or None."""
+    model.eval()
+    n, bias = args.time_shift, model.postnet.layer.bias
+    valid = padding = 0.0
+    for batch_inputs, batch_lengths, ids in read_batches(loader):
+        [(inputs, lengths)] = micro_batches(batch_inputs, batch_lengths, 1, args, bias.device)
+        with autocast(args, bias.device):
+            predicted, _ = model(inputs[:, :-n], (lengths - n).clamp(min=0), need_reps=False)
+        sums = apc_loss(predicted, inputs, lengths, n, seq_len, bias)
+        losses = reduce_over_processes(sums, received, parameters=[]).tolist()
+        if not math.isfinite(sum(losses[:2])):
+            name_bad_utterances(batch_inputs, ids, "validation")
+        valid, padding = valid + losses[0], padding + losses[1]
+        if stop := first_signal(losses[2:]):
+            return MeanLosses(math.nan, math.nan), stop
+    lengths = loader.dataset.num_frames
+    sums = LossSums(valid, padding, len(lengths), int(lengths.sum()))
+    return sums.means(n, seq_len), None
+
+
+def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespace):
+    """A figure: the first validation utterance, at most 400 frames, above the model's prediction."""
+    from matplotlib.figure import Figure
+
+    n = args.time_shift
+    frames, length, utt_id = dataset[0]
+    frames = frames[: min(length, 400 + n)]
+    inputs = frames[None, :-n].to(model.postnet.layer.bias.device)
+    with torch.no_grad():
+        predicted = model(inputs, [len(frames) - n])[0][0].float().cpu()
+    target = frames[n:]
+    low, high = np.percentile(target.nan_to_num(), [1, 99])
+    extent = (0.01 * n, 0.01 * len(frames), -0.5, frames.shape[1] - 0.5)
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots(2, sharex=True)
+    for axis, mel, name in zip(axes, (target, predicted), ("target", "prediction")):
+        image = axis.imshow(mel.T, origin="lower", aspect="auto", extent=extent, clim=(low, high))
+        axis.set_ylabel(f"{name}: mel channel")
+    if len(utt_id) > 60:
+        utt_id = f"{utt_id[:28]} ... {utt_id[-28:]}"
+    title = f"{utt_id}\npredicted n = {n} frames ahead"
+    axes[0].set_title(title, parse_math=False, fontsize="medium")
+    axes[1].set_xlabel("seconds, at 10 ms per frame")
+    figure.colorbar(image, ax=axes, label="log-Mel, as in the data")
+    return figure
+
+
+# What a run keeps ---------------------------------------------------------------------------------
+
+# What may differ between a run and its --resume, because the weights do not depend on it.
+MAY_CHANGE_ON_RESUME = {
+    *("librispeech_path", "load_data_workers", "device", "accumulate_steps", "init_checkpoint"),
+    *("epochs", "store_path", "max_steps", "save_steps", "keep_epochs", "resume"),
+}
+
+
+class RunFolder:
+    """<store_path>/<experiment_name>.dir: checkpoints, metrics, log. Only rank 0 writes there."""
+
+    def __init__(self, args: argparse.Namespace, rank: int):
+        self.args = args
+        self.rank = rank
+        self.path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
+        self.writer = None  # TensorBoard's
+        self.can_draw = True
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a run to resume. UserError rather than overwrite a run."""
+        if self.args.resume and os.path.exists(os.path.join(self.path, "last.ckpt")):
+            return True
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        if names and not self.args.resume:
+            raise UserError(
+                f"{self.path}: this experiment exists: --resume it, or choose another name"
+            )
+        # A run that was killed before its first checkpoint has nothing to lose.
+        if any(name.endswith(".model") and not name.endswith("__epoch_0.model") for name in names):
+            raise UserError(f"{self.path}: there are models, but no last.ckpt to --resume from")
+        return False
+
+    def open(self, data: dict, progress: Progress) -> None:
+        """Make the folder ready: lock, log, metrics, config.json, TensorBoard.
+
+        `data` is what last.ckpt says of the training data: "data" and "data_fingerprint".
+        """
+        self.data = data
+        if self.rank > 0:
+            return
+        os.makedirs(self.path, exist_ok=True)
+        self.lock = lock_folder(self.path)
+        setup_logging(os.path.join(self.path, self.args.experiment_name))
+        metrics = os.path.join(self.path, "metrics.jsonl")
+        if os.path.exists(metrics):  # a resumed run will log what came after its checkpoint again
+            os.truncate(metrics, min(progress.metrics_size, os.path.getsize(metrics)))
+        config = vars(self.args) | {"data": data["data"], "version": __version__}
+        write_json(config, os.path.join(self.path, "config.json"))
+        tb_log = os.path.join(self.path, f"{self.args.experiment_name}.tb_log")
+        self.writer = SummaryWriter(tb_log, purge_step=progress.step)
+
+    def log_step(
+        self, losses: MeanLosses, norm: float, speed: float, rate: float, progress: Progress
+    ) -> None:
+        others = {"gradient norm": norm, "frames per second": speed}
+        others["skipped steps"] = progress.skipped
+        if self.args.precision != "fp32":
+            others["overflow steps"] = progress.overflows
+        if self.args.lr_schedule != "constant" or self.args.warmup_steps:
+            others["learning rate"] = rate
+        self._log("step", progress.step - 1, {"training loss": losses}, others, progress)
+
+    def log_epoch(self, training: MeanLosses, validation: MeanLosses, progress: Progress) -> None:
+        losses = {"training loss": training, "validation loss": validation}
+        self._log("epoch", progress.step, losses, {}, progress)
+
+    def _log(self, unit, step, losses, others, progress):
+        """A line of metrics.jsonl, and TensorBoard's curves, of a "step" or an "epoch".
+
+        The loss that is trained on has the original's tags. TensorBoard makes a group of what
+        stands before a slash, sorts the groups, and opens the first two: the losses come first.
+        """
+        if self.rank > 0:
+            return
+        line = {"epoch": progress.epoch + 1, "step": step} | others
+        curves = {f"while training/{name}": value for name, value in others.items()}
+        for name, means in losses.items():
+            kinds = {"": means.with_padding, "without padding/": means.per_valid_frame}
+            if self.args.mask_padding:
+                kinds = {"": means.per_valid_frame, "with padding/": means.with_padding}
+            curves |= {f"{group}{name} ({unit}-wise)": value for group, value in kinds.items()}
+            line[name] = kinds[""]
+            line[f"{name} with padding"] = means.with_padding
+            line[f"{name} per real frame"] = means.per_valid_frame
+        for tag, value in curves.items():
+            self.writer.add_scalar(tag, value, progress.epoch if unit == "epoch" else step)
+        line = {key.replace(" ", "_"): x if math.isfinite(x) else None for key, x in line.items()}
+        path = os.path.join(self.path, "metrics.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.metrics_size = os.path.getsize(path)
+
+    def draw(self, model: APCModel, dataset: Utterances, epoch: int) -> None:
+        """Show a validation utterance and its prediction in TensorBoard."""
+        if self.rank > 0 or not self.can_draw:
+            return
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's own may not be installed here
+        try:
+            import matplotlib
+
+            with matplotlib.rc_context():
+                matplotlib.rcdefaults()
+                figure = draw_prediction(model, dataset, self.args)
+                self.writer.add_figure("validation utterance (epoch-wise)", figure, epoch)
+        except Exception as error:  # a picture is not worth a run
+            self.can_draw = False
+            logging.warning("no picture of the validation utterance: %s", error)
+
+    def save(self, parts: dict, progress: Progress) -> None:
+        """Write last.ckpt, all that --resume needs; between two epochs the epoch's model too.
+
+        It needs no random states: the order of the data follows from (seed, epoch), dropout from
+        (seed, rank, step), and the learning rate from the step.
+        """
+        if self.rank > 0:
+            return
+        model, step = parts["model"], progress.step
+        if not is_finite(model):
+            raise UserError(
+                f"step {step}: the weights are not finite, and are not saved: start from "
+                f"{self.path}/last.ckpt with a lower --learning_rate"
+            )
+        self.writer.flush()  # a resumed run shows nothing before this again
+        if progress.batch == 0:
+            start = os.path.join(self.path, f"{self.args.experiment_name}__epoch_")
+            save(model.state_dict(), f"{start}{progress.epoch}.model")
+            keep = self.args.keep_epochs
+            for old in range(progress.epoch - keep + 1) if keep else ():
+                if old != progress.best_epoch and os.path.exists(f"{start}{old}.model"):
+                    os.remove(f"{start}{old}.model")
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        saved |= {"progress": dataclasses.asdict(progress), "flags": vars(self.args)} | self.data
+        save(saved, os.path.join(self.path, "last.ckpt"))
+
+    def restore(self, parts: dict, data: dict) -> Progress:
+        """Continue from last.ckpt; UserError if it is of another run."""
+        path = os.path.join(self.path, "last.ckpt")
+        saved = load(path, verify=True)
+        expected = {*parts, *data, "progress", "flags"}
+        if not isinstance(saved, dict) or saved.keys() != expected:
+            raise UserError(
+                f"{path}: expected a checkpoint of this version of train.py, with "
+                f"{', '.join(sorted(expected))}"
+            )
+        flags = saved["flags"]
+        check_flags(flags, self.args, path)
+        was, now = saved["data_fingerprint"], data["data_fingerprint"]
+        if was != now:
+            what = "the training data (utterances, frames, checksum of names, lengths and settings)"
+            raise UserError(f"{path}: {what} were {was} in this run, and are {now} now")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        self.args.init_checkpoint = flags["init_checkpoint"]  # for config.json
+        return Progress(**saved["progress"] | {"sums": LossSums(**saved["progress"]["sums"])})
+
+
+def check_flags(before: dict, args: argparse.Namespace, path: str) -> None:
+    """UserError if a flag that the weights depend on has changed since a run's checkpoint."""
+    may_change = MAY_CHANGE_ON_RESUME
+    if args.rnn_dropout or args.prenet_dropout:
+        may_change = may_change - {"accumulate_steps"}  # the masks depend on it
+    for flag, now in vars(args).items():
+        was = before.get(flag)
+        if was == now:
+            continue
+        if flag not in may_change:
+            raise UserError(f"{path}: --{flag} was {was} in this run, and is {now} now")
+        if flag in ("epochs", "max_steps") and args.lr_schedule == "cosine":
+            logging.warning(
+                "--%s was %s and is %s now: from here the learning rate follows the cosine of a "
+                "run of the new length, which is not the cosine that it has followed so far",
+                flag,
+                was,
+                now,
+            )
+
+
+def is_finite(model: APCModel) -> bool:
+    return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# The run ------------------------------------------------------------------------------------------
+
+
+def check_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Reject or warn of a precision that the device does not compute in."""
+    if device.type != "cpu":
+        return
+    if args.precision == "fp16":
+        raise UserError("--precision fp16 needs a GPU: on a CPU use bf16, or fp32")
+    if args.precision == "bf16" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            if "bf16" not in file.read():
+                logging.warning("this CPU has no bf16 instructions: bf16 is slower here than fp32")
+
+
+def announce(args, model, train_loader, valid_loader, device, world_size, run, progress) -> None:
+    """Log what the run is about to do."""
+    frames = train_loader.dataset.num_frames
+    for line in (
+        f"{'resuming' if progress.step else 'training'} {run.path}"
+        f"{f' after {progress.step} steps' if progress.step else ''}",
+        f"model: {summary(model)}",
+        f"data: {', '.join(args.train_split)} of {args.librispeech_path}: {len(frames)} "
+        f"utterances, {frames.sum()} frames, {frames.sum() / 360000:.2f} hours at 10 ms; "
+        f"validation: {args.valid_split}, {len(valid_loader.dataset)} utterances",
+        f"optimisation: {args.epochs} epochs of {len(train_loader.batch_sampler)} steps, batch "
+        f"size {args.batch_size}, {args.optimizer}, learning rate {args.learning_rate} "
+        f"({args.lr_schedule}, {args.warmup_steps} warm-up steps)",
+        f"device: {device}, {args.precision}, {world_size} process(es)",
+        f"loss: L1 of the frame n = {args.time_shift} ahead, averaged over "
+        + ("valid frames" if args.mask_padding else "all time steps, padding included"),
+    ):
+        logging.info(line)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    setup_logging()
+    received = catch_signals()
+    rank, world_size, device = start_processes(args.device)
+    if rank > 0:
+        logging.getLogger().setLevel(logging.ERROR)  # rank 0 warns for all
+    check_precision(args, device)
+    set_numerics(args.tf32)
+
+    run = RunFolder(args, rank)
+    resuming = torch.tensor(int(rank == 0 and run.has_checkpoint()))
+    if world_size > 1:
+        dist.broadcast(resuming, src=0)
+
+    train_sets, valid_set = open_data(args)
+    train_data, valid_data = Utterances(train_sets), Utterances([valid_set])
+    seq_len, valid_seq_len = train_sets[0].seq_len, valid_set.seq_len
+    options = {"bucketing": not args.no_bucketing, "seed": args.seed}
+    options |= {"rank": rank, "world_size": world_size}
+    sampler = BatchSampler(train_data.num_frames, args.batch_size, shuffle=True, **options)
+    valid_sampler = BatchSampler(valid_data.num_frames, args.batch_size, shuffle=False, **options)
+    workers = args.load_data_workers
+    train_loader = build_loader(train_data, sampler, workers, device, persistent=True)
+    valid_loader = build_loader(valid_data, valid_sampler, workers, device, persistent=True)
+    data = {"data": [split.prepared for split in train_sets]}
+    data["data_fingerprint"] = fingerprint(train_sets)
+
+    torch.manual_seed(args.seed % 2**64)
+    model = build_model(args).to(device)
+    rate = {} if args.optimizer == "adadelta" else {"lr": args.learning_rate}
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **rate)
+    # bf16 needs a scaler too: on CUDA, PyTorch's autocast computes RNN layers in fp16 all the same.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision != "fp32")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+
+    progress = Progress()
+    if resuming:
+        progress = run.restore(parts, data)
+    elif args.init_checkpoint:
+        load_weights(model, args, train_sets[0])
+    schedule = build_schedule(args, optimizer, progress.step, len(sampler))
+    run.open(data, progress)
+    announce(args, model, train_loader, valid_loader, device, world_size, run, progress)
+    if not resuming:
+        run.save(parts, progress)
+
+    max_steps, stop = args.max_steps or math.inf, None
+    while progress.epoch < args.epochs and not stop:
+        if progress.step >= max_steps and progress.batch < len(sampler):
+            break
+        stop = train_epoch(
+            parts, schedule, train_loader, received, args, seq_len, progress, run
+        )  # fmt: skip
+        if not stop:
+            training = progress.sums.means(args.time_shift, seq_len)
+            validation, stop = evaluate(model, valid_loader, received, args, valid_seq_len)
+        if not stop:
+            end_epoch(training, validation, model, valid_data, len(sampler), args, progress, run)
+        run.save(parts, progress)
+    if stop:
+        logging.info(f"stopped by {stop.name} after {progress.step} steps; use --resume")
+        sys.exit(128 + stop)
+    logging.info(f"done: {progress.epoch} epochs, {progress.step} steps, see {run.path}")
+
+
+def end_epoch(training, validation, model, valid_data, num_batches, args, progress, run) -> None:
+    """Log the losses; record a whole epoch, but not one that --max_steps has cut."""
+    number = progress.epoch + 1
+    train_loss, valid_loss = trained_loss(training, args), trained_loss(validation, args)
+    logging.info(
+        f"Epoch: {number} Training Loss: {train_loss:.5f} Validation Loss: {valid_loss:.5f}"
+    )
+    if progress.batch < num_batches:
+        return
+    run.log_epoch(training, validation, progress)
+    run.draw(model, valid_data, progress.epoch)
+    if valid_loss < progress.best_loss:
+        progress.best_loss, progress.best_epoch = valid_loss, number
+    progress.epoch, progress.batch, progress.sums = number, 0, LossSums()
+
+
+if __name__ == "__main__":
+    run_main(main)
