@@ -311,7 +311,7 @@ def check_lengths(lengths: Tensor | np.ndarray | list, inputs: Tensor) -> Tensor
         raise ValueError(f"expected {batch_size} lengths, found a shape of {tuple(lengths.shape)}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"expected lengths in frames, which are integers, found {lengths.dtype}")
-    if batch_size and not (0 <= lengths.min() and lengths.max() <= num_frames):
+    if batch_size and (lengths.min() < 0 or lengths.max() > num_frames):
         raise ValueError(
             f"expected lengths from 0 to {num_frames}, the frames of the inputs, found "
             f"{lengths.min().item()} to {lengths.max().item()}"
