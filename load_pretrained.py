@@ -91,11 +91,7 @@ def load_pretrained(
     rnn_config = rnn_config._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
     if prenet_config is not None:
         prenet_config = prenet_config._replace(dropout=config.get("prenet_dropout", 0.0))
-    model = APCModel(mel_dim, prenet_config, rnn_config)
-    if "postnet.logits.bias" in weights:
-        num_codes = len(weights["postnet.logits.bias"])
-        model.postnet = QuantizedPostnet(rnn_config.hidden_size, mel_dim, num_codes)
-    copy_weights(model, weights, path)
+    model = build_model(weights, mel_dim, prenet_config, rnn_config, path)
     model.config = config | model_flags(mel_dim, prenet_config, rnn_config)
     return model.to(device).eval()
 
@@ -160,12 +156,12 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, RNNConfig]:
     """A state dict -> (mel_dim, PrenetConfig or None, RNNConfig), from names and shapes only."""
-    if "embedding.weight" in weights:
-        hidden_size, mel_dim = weights["embedding.weight"].shape
-        num_layers = count_layers(weights, "blocks.")
-        rnn = RNNConfig(mel_dim, hidden_size, num_layers, 0.0, False, "transformer")
-        return mel_dim, None, rnn
     try:
+        if "embedding.weight" in weights:
+            hidden_size, mel_dim = weights["embedding.weight"].shape
+            num_layers = count_layers(weights, "blocks.")
+            rnn = RNNConfig(mel_dim, hidden_size, num_layers, 0.0, False, "transformer")
+            return mel_dim, None, rnn
         gate_units, hidden_size = weights["rnns.0.weight_hh_l0"].shape
         mel_dim = weights["postnet.layer.weight"].shape[0]
         rnn_type = GATES[gate_units / hidden_size]
@@ -183,17 +179,26 @@ def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, R
 
 
 def count_layers(weights: dict, prefix: str) -> int:
-    """The largest layer number in the names, plus one: copy_weights() notices missing layers."""
+    """The largest layer number in the names, plus one: build_model() notices missing layers."""
     numbers = [re.match(re.escape(prefix) + r"(\d{1,3})\.", name) for name in weights]
     return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
-def copy_weights(model: APCModel, weights: dict, path: str) -> None:
-    """model.load_state_dict(), with a one-line UserError that names the differences."""
+def build_model(
+    weights: dict, mel_dim: int, prenet: PrenetConfig | None, rnn: RNNConfig, path: str
+) -> APCModel:
+    """A model with these weights; else a one-line UserError that names the differences."""
     try:
+        model = APCModel(mel_dim, prenet, rnn)
+        if "postnet.logits.bias" in weights:
+            num_codes = len(weights["postnet.logits.bias"])
+            model.postnet = QuantizedPostnet(rnn.hidden_size, mel_dim, num_codes)
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        differences = " ".join(" ".join(str(error).splitlines()[1:]).split())
+        return model
+    except (ValueError, RuntimeError) as error:
+        differences = " ".join(str(error).split()).removeprefix(
+            "Error(s) in loading state_dict for "
+        )
         raise UserError(f"{path}: not the weights of an APC model: {differences}") from None
 
 
@@ -429,13 +434,13 @@ class FeatureExtractor:
             raise UserError(f"samples: expected one channel (N,), found {samples.shape}")
         if rate != expected and not (rate and self.resample):
             raise UserError(
-                f"samples: expected a sampling rate of {expected:g} Hz, found {rate}: resample=True "
-                "converts others"
+                f"samples: expected a sampling rate of {expected:g} Hz, found {rate} "
+                "(resample=True converts others)"
             )
         samples = samples.astype(np.float32)
         if rate == expected:
             return samples
-        return np.concatenate([*self.audio.resample([samples], rate, expected)])
+        return np.concatenate([*self.audio._resample([samples], rate, expected)])
 
 
 # The script ---------------------------------------------------------------------------------------
