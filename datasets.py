@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -275,6 +276,7 @@ def build_loader(
 
     `persistent` keeps the workers from one epoch to the next.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     return data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,
