@@ -238,11 +238,10 @@ def _check_folders(recordings, root, ways_out):
 
 
 def describe_speakers(speakers: Iterable[str]) -> str:
-    """The speaker of each utterance -> "40 speakers (1272, 1462, 1673, ...), 67.6 utterances each"."""
+    """The speaker of each utterance -> "40 (1272, 1462, 1673, ...), 67.6 utterances each"."""
     counts = Counter(speakers)
     names = [*sorted(counts)[:3], *(["..."] if len(counts) > 3 else [])]
-    number = f"{len(counts)} speaker{'s' if len(counts) > 1 else ''}"
-    return f"{number} ({', '.join(names)}), {counts.total() / len(counts):.3g} utterances each"
+    return f"{len(counts)} ({', '.join(names)}), {counts.total() / len(counts):.3g} utterances each"
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ def _open(path, notes):
     if file.frames == stated == 0:
         command = f"sox --ignore-length {shlex.quote(path)} OUT.wav"
         raise BadUtterance(f"{text}, as if written to a pipe: rewrite it with: {command}")
-    note = f"{text}: read as far as libsndfile does, {file.frames / file.samplerate:.2f} s"
+    note = f"{text}: {file.frames / file.samplerate:.2f} s were read"
     if notes is not None and note not in notes:
         notes.append(note)
     return file
