@@ -252,27 +252,26 @@ def wav_sizes(path: str) -> tuple[int, int] | None:
 
     None if they agree, or if the file is no WAV.
     """
-    file_size = os.path.getsize(path)
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        if not re.match(rb"RIFF....WAVE", file.read(12), re.DOTALL):
             return None
-        while head[:4] != b"data":
-            head = file.read(8)
-            stated = int.from_bytes(head[4:], "little")
+        while (head := file.read(8))[:4] != b"data":
             if len(head) < 8:
                 return None
-            if head[:4] != b"data":
-                file.seek(stated + stated % 2, os.SEEK_CUR)  # chunks start at even bytes
-        start = file.tell()
-        held = file_size - start
-        if stated < held:
-            file.seek(stated + stated % 2, os.SEEK_CUR)
-            head = file.read(8)
-            rest = file_size - file.tell() - int.from_bytes(head[4:], "little")
-            if len(head) < 8 or rest >= 0 and head[:4].isascii() and head[:4].isprintable():
-                held = stated  # another chunk follows
-    return None if held == stated else (stated, held)
+            file.seek(_chunk_size(head), os.SEEK_CUR)
+        stated, held = int.from_bytes(head[4:], "little"), size - file.tell()
+        file.seek(_chunk_size(head), os.SEEK_CUR)
+        head = file.read(8)
+        is_chunk = re.match(rb"[ -~]{4}", head) and file.tell() + _chunk_size(head) <= size + 1
+        if stated == held or stated < held and (is_chunk or len(head) < 8):
+            return None
+    return stated, held
+
+
+def _chunk_size(head):
+    size = int.from_bytes(head[4:], "little")
+    return size + size % 2  # chunks start at even bytes
 
 
 def _open(path, notes):
