@@ -200,7 +200,7 @@ class AudioFiles(data.Dataset):
 
 
 def measure(read: partial, skip_bad: bool, recording: audio.Recording) -> tuple:
-    """In a worker: a recording -> CMVN statistics, or None; why it is skipped; what else to note."""
+    """In a worker: a recording -> (CMVN statistics, or None; why it is skipped; other notes)."""
     notes = []
     try:
         return sum(map(cmvn_stats, read(recording, notes=notes))), None, notes
@@ -310,7 +310,7 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
     if there:
         raise UserError(
             f"{args.save_dir} holds files like {there[0]}: choose another --save_dir"
-            f"{'' if args.format == 'ark' else ', or --resume an extraction that was started there'}"
+            f"{'' if args.format == 'ark' else ', or --resume the extraction into this one'}"
         )
     write_json({"checkpoint": args.checkpoint} | about, path)
     return lock

@@ -257,7 +257,7 @@ def test_a_config_that_contradicts_the_weights_is_rejected(tmp_path, key, value)
     assert f"{key} is {value}" in message and "config.json" in message
 
 
-# Rejections ---# Refusals -----------------------------------------------------------------------------------------
+# Rejections ---------------------------------------------------------------------------------------
 
 
 def test_code_in_a_file_does_not_run(tmp_path):
