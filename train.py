@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from apc_model import APCModel, LossSums, MeanLosses, apc_loss
@@ -45,6 +46,7 @@ from utils import (
     RNNConfig,
     UserError,
     __version__,
+    add_group,
     catch_signals,
     load,
     lock_folder,
@@ -75,84 +77,66 @@ OPTIMIZERS = {
 EXAMPLES = """\
   python train.py --rnn_residual --time_shift 3 --experiment_name apc
   python train.py --rnn_residual --time_shift 3 --experiment_name apc --resume
-  python train.py --rnn_type transformer --rnn_num_layers 4 --time_shift 3 --experiment_name t_apc \\
-      --learning_rate 0.001 --lr_schedule cosine --warmup_steps 1000
+  python train.py --rnn_type transformer --rnn_num_layers 4 --time_shift 3 \\
+      --learning_rate 0.001 --lr_schedule cosine --warmup_steps 1000 --experiment_name t_apc
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    default = "(default: %(default)s)"
     parser = new_parser("Train an APC model on prepared datasets.", EXAMPLES)
-    add = parser.add_argument_group("input").add_argument
+    add = add_group(parser, "input")
     path, splits = "./librispeech_data/preprocessed", ["train-clean-360"]
-    add("--librispeech_path", default=path, help=f"folder of the prepared datasets {default}")
-    text = f"datasets to train on {default}"
-    add("--train_split", nargs="+", default=splits, metavar="SPLIT", help=text)
-    text = f"dataset to validate on {default}"
-    add("--valid_split", default="dev-clean", metavar="SPLIT", help=text)
-    text = "log-Mel bins that the data must have (default: what they have)"
-    add("--feature_dim", type=positive, metavar="D", help=text)
-    text = "mix utterances of all lengths in a batch, as the original does"
-    add("--no_bucketing", action="store_true", help=text)
+    add("--librispeech_path", default=path, help="folder of the prepared datasets")
+    add("--train_split", nargs="+", default=splits, metavar="SPLIT", help="datasets to train on")
+    add("--valid_split", default="dev-clean", metavar="SPLIT", help="dataset to validate on")
+    add("--feature_dim", type=positive, metavar="D", help="log-Mel bins to expect (default: any)")
+    add("--no_bucketing", action="store_true", help="mix lengths in a batch, as the original does")
 
-    add = parser.add_argument_group("output").add_argument
-    add("--experiment_name", default="foo", help=f"name of the run {default}")
-    add("--store_path", default="./logs", help=f"parent of the run's folder {default}")
-    text = f"steps between two checkpoints (last.ckpt) {default}"
-    add("--save_steps", type=positive, default=1000, help=text)
-    text = "keep only the newest K models and the best (default: all)"
-    add("--keep_epochs", type=positive, metavar="K", help=text)
-    text = "continue exactly from last.ckpt, if there is one"
-    add("--resume", action="store_true", help=text)
+    add = add_group(parser, "output")
+    add("--experiment_name", default="foo", help="name of the run")
+    add("--store_path", default="./logs", help="parent of the run's folder")
+    add("--save_steps", type=positive, default=1000, help="steps between writes of last.ckpt")
+    add("--keep_epochs", type=positive, metavar="K", help="keep only the newest K models, the best")
+    add("--resume", action="store_true", help="continue exactly from last.ckpt, if there is one")
 
-    add = parser.add_argument_group("model").add_argument
-    layer_types = ["gru", "lstm", "transformer"]
-    add("--rnn_type", choices=layer_types, default="gru", help=f"layer type {default}")
-    add("--rnn_num_layers", type=positive, default=3, help=f"number of layers {default}")
-    add("--rnn_hidden_size", type=positive, default=512, help=f"units of each layer {default}")
-    text = f"dropout after each RNN layer but the last, or each Transformer sublayer {default}"
-    add("--rnn_dropout", type=float, default=0.0, help=text)
-    text = "add each RNN layer's input to its output (the papers' models)"
-    add("--rnn_residual", action="store_true", help=text)
-    text = f"ReLU layers before the RNN {default}"
-    add("--prenet_num_layers", type=not_negative, default=0, help=text)
-    text = f"dropout after each prenet layer {default}"
-    add("--prenet_dropout", type=float, default=0.0, help=text)
-    text = "model to start from: any file that load_pretrained.py reads"
-    add("--init_checkpoint", metavar="FILE", help=text)
+    add = add_group(parser, "model")
+    types = ["gru", "lstm", "transformer"]
+    add("--rnn_type", choices=types, default="gru", help="layer type")
+    add("--rnn_num_layers", type=positive, default=3, help="number of layers")
+    add("--rnn_hidden_size", type=positive, default=512, help="units of each layer")
+    where = "each RNN layer but the last, or each Transformer sublayer"
+    add("--rnn_dropout", type=float, default=0.0, help=f"dropout after {where}")
+    add("--rnn_residual", action="store_true", help="add each RNN layer's input to its output")
+    add("--prenet_num_layers", type=not_negative, default=0, help="ReLU layers before the RNN")
+    add("--prenet_dropout", type=float, default=0.0, help="dropout after each prenet layer")
+    add("--init_checkpoint", metavar="FILE", help="start from a model's weights")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    text = f"n, the number of frames to predict ahead {default}"
-    add("--time_shift", type=positive, default=1, help=text)
-    text = f"optimizer; adadelta keeps its own learning rate of 1.0 {default}"
-    add("--optimizer", choices=OPTIMIZERS, default="adam", help=text)
-    text = f"utterances per step, over all processes {default}"
-    add("--batch_size", type=positive, default=32, help=text)
-    add("--learning_rate", type=float, default=0.0001, help=f"learning rate {default}")
-    text = f"constant, or falling to 0 along a cosine over the run's steps {default}"
-    add("--lr_schedule", choices=["constant", "cosine"], default="constant", help=text)
-    text = f"steps in which the learning rate rises linearly from 0 {default}"
+    add = add_group(parser, "optimisation")
+    add("--time_shift", type=positive, default=1, help="n, how many frames ahead to predict")
+    add("--optimizer", choices=OPTIMIZERS, default="adam", help="adadelta has its own rate, 1.0")
+    add("--batch_size", type=positive, default=32, help="utterances per step, over all processes")
+    add("--learning_rate", type=float, default=0.0001, help="learning rate, after the warm-up")
+    schedules = ["constant", "cosine"]
+    text = "learning rate constant, or falling to 0 over the run's steps"
+    add("--lr_schedule", choices=schedules, default="constant", help=text)
+    text = "steps in which the learning rate rises linearly from 0"
     add("--warmup_steps", type=not_negative, default=0, metavar="N", help=text)
-    add("--epochs", type=not_negative, default=100, help=f"epochs {default}")
+    add("--epochs", type=not_negative, default=100, help="passes over the training data")
     add("--max_steps", type=positive, metavar="N", help="stop after N steps (default: no limit)")
-    add("--clip_thresh", type=float, default=1.0, help=f"clip the gradient norm to this {default}")
+    add("--clip_thresh", type=float, default=1.0, help="clip the gradient norm to this value")
     add("--mask_padding", action="store_true", help="exclude the padding from the loss")
-    text = f"random seed (initialisation, shuffling, dropout) {default}"
+    text = "random seed (initialisation, shuffling, dropout)"
     add("--seed", type=not_negative, default=0, help=text)
 
-    add = parser.add_argument_group("hardware").add_argument
+    add = add_group(parser, "hardware")
     devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help=f"device to compute on {default}")
-    text = (
-        "autocast precision; weights stay fp32. On CUDA PyTorch computes RNNs in fp16 for bf16 too"
-    )
-    add("--precision", choices=DTYPES, default="fp32", help=f"{text} {default}")
-    text = "allow TensorFloat-32 in fp32 matrix multiplications on CUDA"
-    add("--tf32", action="store_true", help=text)
+    add("--device", choices=devices, default="auto", help="where to compute")
+    text = "autocast precision; weights stay fp32 (on CUDA, autocast computes RNNs in fp16 always)"
+    add("--precision", choices=DTYPES, default="fp32", help=text)
+    add("--tf32", action="store_true", help="compute fp32 in TensorFloat-32 on CUDA")
     text = "gradient accumulation: split each batch into K micro-batches (same batch size)"
-    add("--accumulate_steps", type=positive, default=1, metavar="K", help=f"{text} {default}")
-    text = f"processes that load data {default}"
-    add("--load_data_workers", type=not_negative, default=2, help=text)
+    add("--accumulate_steps", type=positive, default=1, metavar="K", help=text)
+    add("--load_data_workers", type=not_negative, default=2, help="processes that load data")
     return parser
 
 
@@ -216,6 +200,20 @@ def open_data(args: argparse.Namespace) -> tuple[list[LibriSpeech], LibriSpeech]
         found = ", ".join(f"{split.path}: {split.seq_len}" for split in train_sets)
         raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
     return train_sets, valid_set
+
+
+def open_loader(
+    splits: list[LibriSpeech],
+    shuffle: bool,
+    args: argparse.Namespace,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> DataLoader:
+    dataset = Utterances(splits)
+    options = (shuffle, not args.no_bucketing, args.seed, rank, world_size)
+    sampler = BatchSampler(dataset.num_frames, args.batch_size, *options)
+    return build_loader(dataset, sampler, args.load_data_workers, device, persistent=True)
 
 
 def fingerprint(train_sets: list[LibriSpeech]) -> list[int]:
@@ -391,26 +389,24 @@ class Progress:
     best_epoch: int = 0
     metrics_size: int = 0  # bytes of metrics.jsonl
 
-    def count_step(self, sums: LossSums, norm: float, scale: float) -> bool:
-        """Count a step -> whether it was skipped for a loss or gradient that is not finite.
-
-        In half precision a gradient may overflow until the loss scale is small enough: that is
-        GradScaler's way of finding it, unless a scale below 1 does not help.
-        """
-        loss_is_finite = math.isfinite(sums.valid + sums.padding)
-        is_overflow = loss_is_finite and not math.isfinite(norm) and scale > 1
-        is_skipped = not is_overflow and not math.isfinite(sums.valid + sums.padding + norm)
-        if is_skipped:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-        elif is_overflow:
-            self.overflows += 1
-        else:
-            self.skipped_in_a_row = 0
-            self.sums = self.sums + sums
+    def count_step(self, sums: LossSums, norm: float, loss_scale: float) -> None:
         self.batch += 1
         self.step += 1
-        return is_skipped
+        loss = sums.valid + sums.padding
+        if math.isfinite(loss + norm):
+            self.skipped_in_a_row = 0
+            self.sums = self.sums + sums
+        elif math.isfinite(loss) and loss_scale > 1:  # GradScaler finds its scale by overflows
+            self.overflows += 1
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+    def end_epoch(self, valid_loss: float) -> None:
+        self.epoch += 1
+        if valid_loss < self.best_loss:
+            self.best_loss, self.best_epoch = valid_loss, self.epoch
+        self.batch, self.sums = 0, LossSums()
 
 
 def name_bad_utterances(inputs: Tensor, ids: list[str], what: str) -> None:
@@ -444,26 +440,27 @@ def train_epoch(
         # Dropout follows from the step, so that a resumed run drops what it would have dropped.
         torch.manual_seed(zlib.crc32(f"{args.seed} {run.rank} {progress.step}".encode()))
         whole = LossSums(utterances=len(indices), frames=int(sampler.lengths[indices].sum()))
-        rate, scale = schedule.get_last_lr()[0], parts["scaler"].get_scale()
+        rate, loss_scale = schedule.get_last_lr()[0], parts["scaler"].get_scale()
+        batch = (inputs, lengths)
         sums, norm, stop = train_step(
-            **parts, batch=(inputs, lengths), whole=whole, received=received, args=args,
-            seq_len=seq_len,
-        )  # fmt: skip
+            **parts, batch=batch, whole=whole, received=received, args=args, seq_len=seq_len
+        )
         schedule.step()
+        progress.count_step(sums, norm, loss_scale)
         now = time.perf_counter()
         speed, start = whole.frames / (now - start), now
         losses = sums.means(args.time_shift, seq_len)
         bar.set_postfix_str(f"loss {trained_loss(losses, args):.4f}, {speed:.0f} frames/s", False)
-        if progress.count_step(sums, norm, scale):
-            name_bad_utterances(inputs, ids, f"step {progress.step - 1} is skipped")
         run.log_step(losses, norm, speed, rate, progress)
+        if progress.skipped_in_a_row:
+            name_bad_utterances(inputs, ids, f"step {progress.step - 1} is skipped")
         if progress.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"step {progress.step}: {MAX_SKIPPED} steps in a row had no finite loss or "
                 f"gradient: look at the data, or start from {run.path}/last.ckpt with a lower "
                 "--learning_rate"
             )
-        if progress.step % args.save_steps == 0 or stop:
+        if progress.step % args.save_steps == 0:
             run.save(parts, progress)
         if stop or progress.step == args.max_steps:
             return stop
@@ -498,7 +495,7 @@ def evaluate(
 
 
 def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespace):
-    """A figure: the first validation utterance, at most 400 frames, above the model's prediction."""
+    """A figure: the first validation utterance (at most 400 frames), above its prediction."""
     from matplotlib.figure import Figure
 
     n = args.time_shift
@@ -534,11 +531,15 @@ MAY_CHANGE_ON_RESUME = {
 
 
 class RunFolder:
-    """<store_path>/<experiment_name>.dir: checkpoints, metrics, log. Only rank 0 writes there."""
+    """<store_path>/<experiment_name>.dir: checkpoints, metrics, log. Only rank 0 writes there.
 
-    def __init__(self, args: argparse.Namespace, rank: int):
+    `data` is what it keeps of the training data: "data" (prepared.json) and "data_fingerprint".
+    """
+
+    def __init__(self, args: argparse.Namespace, rank: int, data: dict):
         self.args = args
         self.rank = rank
+        self.data = data
         self.path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
         self.writer = None  # TensorBoard's
         self.can_draw = True
@@ -557,12 +558,8 @@ class RunFolder:
             raise UserError(f"{self.path}: there are models, but no last.ckpt to --resume from")
         return False
 
-    def open(self, data: dict, progress: Progress) -> None:
-        """Make the folder ready: lock, log, metrics, config.json, TensorBoard.
-
-        `data` is what last.ckpt says of the training data: "data" and "data_fingerprint".
-        """
-        self.data = data
+    def open(self, progress: Progress) -> None:
+        """Make the folder ready: lock, log, metrics, config.json, TensorBoard."""
         if self.rank > 0:
             return
         os.makedirs(self.path, exist_ok=True)
@@ -571,7 +568,7 @@ class RunFolder:
         metrics = os.path.join(self.path, "metrics.jsonl")
         if os.path.exists(metrics):  # a resumed run will log what came after its checkpoint again
             os.truncate(metrics, min(progress.metrics_size, os.path.getsize(metrics)))
-        config = vars(self.args) | {"data": data["data"], "version": __version__}
+        config = vars(self.args) | {"data": self.data["data"], "version": __version__}
         write_json(config, os.path.join(self.path, "config.json"))
         tb_log = os.path.join(self.path, f"{self.args.experiment_name}.tb_log")
         self.writer = SummaryWriter(tb_log, purge_step=progress.step)
@@ -659,11 +656,11 @@ class RunFolder:
         saved |= {"progress": dataclasses.asdict(progress), "flags": vars(self.args)} | self.data
         save(saved, os.path.join(self.path, "last.ckpt"))
 
-    def restore(self, parts: dict, data: dict) -> Progress:
+    def restore(self, parts: dict) -> Progress:
         """Continue from last.ckpt; UserError if it is of another run."""
         path = os.path.join(self.path, "last.ckpt")
         saved = load(path, verify=True)
-        expected = {*parts, *data, "progress", "flags"}
+        expected = {*parts, *self.data, "progress", "flags"}
         if not isinstance(saved, dict) or saved.keys() != expected:
             raise UserError(
                 f"{path}: expected a checkpoint of this version of train.py, with "
@@ -671,7 +668,7 @@ class RunFolder:
             )
         flags = saved["flags"]
         check_flags(flags, self.args, path)
-        was, now = saved["data_fingerprint"], data["data_fingerprint"]
+        was, now = saved["data_fingerprint"], self.data["data_fingerprint"]
         if was != now:
             what = "the training data (utterances, frames, checksum of names, lengths and settings)"
             raise UserError(f"{path}: {what} were {was} in this run, and are {now} now")
@@ -704,6 +701,12 @@ def check_flags(before: dict, args: argparse.Namespace, path: str) -> None:
 
 def is_finite(model: APCModel) -> bool:
     return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def log_losses(training: MeanLosses, validation: MeanLosses, args, progress: Progress) -> None:
+    losses = f"Training Loss: {trained_loss(training, args):.5f} "
+    losses += f"Validation Loss: {trained_loss(validation, args):.5f}"
+    logging.info(f"Epoch: {progress.epoch + 1} {losses}")
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -751,23 +754,15 @@ def main(argv: list[str] | None = None) -> None:
     check_precision(args, device)
     set_numerics(args.tf32)
 
-    run = RunFolder(args, rank)
+    train_sets, valid_set = open_data(args)
+    train_loader = open_loader(train_sets, True, args, device, rank, world_size)
+    valid_loader = open_loader([valid_set], False, args, device, rank, world_size)
+    data = {"data": [split.prepared for split in train_sets]}
+    data["data_fingerprint"] = fingerprint(train_sets)
+    run = RunFolder(args, rank, data)
     resuming = torch.tensor(int(rank == 0 and run.has_checkpoint()))
     if world_size > 1:
         dist.broadcast(resuming, src=0)
-
-    train_sets, valid_set = open_data(args)
-    train_data, valid_data = Utterances(train_sets), Utterances([valid_set])
-    seq_len, valid_seq_len = train_sets[0].seq_len, valid_set.seq_len
-    options = {"bucketing": not args.no_bucketing, "seed": args.seed}
-    options |= {"rank": rank, "world_size": world_size}
-    sampler = BatchSampler(train_data.num_frames, args.batch_size, shuffle=True, **options)
-    valid_sampler = BatchSampler(valid_data.num_frames, args.batch_size, shuffle=False, **options)
-    workers = args.load_data_workers
-    train_loader = build_loader(train_data, sampler, workers, device, persistent=True)
-    valid_loader = build_loader(valid_data, valid_sampler, workers, device, persistent=True)
-    data = {"data": [split.prepared for split in train_sets]}
-    data["data_fingerprint"] = fingerprint(train_sets)
 
     torch.manual_seed(args.seed % 2**64)
     model = build_model(args).to(device)
@@ -779,48 +774,36 @@ def main(argv: list[str] | None = None) -> None:
 
     progress = Progress()
     if resuming:
-        progress = run.restore(parts, data)
+        progress = run.restore(parts)
     elif args.init_checkpoint:
         load_weights(model, args, train_sets[0])
-    schedule = build_schedule(args, optimizer, progress.step, len(sampler))
-    run.open(data, progress)
+    epoch_steps = len(train_loader.batch_sampler)
+    schedule = build_schedule(args, optimizer, progress.step, epoch_steps)
+    run.open(progress)
     announce(args, model, train_loader, valid_loader, device, world_size, run, progress)
     if not resuming:
         run.save(parts, progress)
 
-    max_steps, stop = args.max_steps or math.inf, None
+    seq_len, stop = train_sets[0].seq_len, None
     while progress.epoch < args.epochs and not stop:
-        if progress.step >= max_steps and progress.batch < len(sampler):
+        is_cut = progress.batch < epoch_steps
+        if args.max_steps and progress.step >= args.max_steps and is_cut:
             break
-        stop = train_epoch(
-            parts, schedule, train_loader, received, args, seq_len, progress, run
-        )  # fmt: skip
+        stop = train_epoch(parts, schedule, train_loader, received, args, seq_len, progress, run)
+        if not stop:
+            validation, stop = evaluate(model, valid_loader, received, args, valid_set.seq_len)
         if not stop:
             training = progress.sums.means(args.time_shift, seq_len)
-            validation, stop = evaluate(model, valid_loader, received, args, valid_seq_len)
-        if not stop:
-            end_epoch(training, validation, model, valid_data, len(sampler), args, progress, run)
+            log_losses(training, validation, args, progress)
+            if progress.batch == epoch_steps:  # not cut by --max_steps
+                run.log_epoch(training, validation, progress)
+                run.draw(model, valid_loader.dataset, progress.epoch)
+                progress.end_epoch(trained_loss(validation, args))
         run.save(parts, progress)
     if stop:
         logging.info(f"stopped by {stop.name} after {progress.step} steps; use --resume")
         sys.exit(128 + stop)
     logging.info(f"done: {progress.epoch} epochs, {progress.step} steps, see {run.path}")
-
-
-def end_epoch(training, validation, model, valid_data, num_batches, args, progress, run) -> None:
-    """Log the losses; record a whole epoch, but not one that --max_steps has cut."""
-    number = progress.epoch + 1
-    train_loss, valid_loss = trained_loss(training, args), trained_loss(validation, args)
-    logging.info(
-        f"Epoch: {number} Training Loss: {train_loss:.5f} Validation Loss: {valid_loss:.5f}"
-    )
-    if progress.batch < num_batches:
-        return
-    run.log_epoch(training, validation, progress)
-    run.draw(model, valid_data, progress.epoch)
-    if valid_loss < progress.best_loss:
-        progress.best_loss, progress.best_epoch = valid_loss, number
-    progress.epoch, progress.batch, progress.sums = number, 0, LossSums()
 
 
 if __name__ == "__main__":

@@ -114,6 +114,18 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
     )
 
 
+def add_group(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """A group's add_argument(), which shows the defaults of flags that have one in --help."""
+    group = parser.add_argument_group(title)
+
+    def add(*names, help, **options):
+        if options.get("default") is not None:
+            help = f"{help} (default: %(default)s)"
+        return group.add_argument(*names, help=help, **options)
+
+    return add
+
+
 def positive(text: str, least: int = 1) -> int:
     """An argparse type: an integer of `least` or more."""
     if not text.strip().isdecimal() or int(text) < least:
