@@ -301,6 +301,7 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     try:
         yield from loader
     except (UserError, OSError, RuntimeError) as error:
+        error = error.with_traceback(None)  # which would hold on to the loader, and so its workers
         # A worker's error comes as the text of its traceback, which ends with the message.
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         name = f"utils.{type(error).__name__}: "

@@ -228,9 +228,10 @@ def test_an_error_while_loading_is_one_line_that_names_the_file(two_folders, num
 
 def test_workers_ignore_signals_to_the_process_group_but_a_killed_one_is_noticed(two_folders):
     dataset, _ = two_folders
+    before = {*multiprocessing.active_children()}
     batches = read_batches(open_loader(dataset, num_workers=1, batch_size=1))
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = {*multiprocessing.active_children()} - before
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         os.kill(worker.pid, number)
     next(batches)
