@@ -9,10 +9,11 @@ import argparse
 import datetime
 import hashlib
 import io
+import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -90,8 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     text = "audio file, folder of audio files at any depth, or Kaldi data directory"
     source.add_argument("--audio", metavar="PATH", help=text)
     audio.add_flags(group)
-    text = "skip recordings that cannot be used, and list them in skipped.txt"
-    group.add_argument("--skip_bad", action="store_true", help=text)
     add = parser.add_argument_group("output").add_argument
     add("--save_dir", required=True, metavar="DIR", help="folder for the features")
     text = "file format; ark is Kaldi's, with feats.scp (default: pt)"
@@ -113,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("utt2spk", "ids_from_paths", "resample", "channel", "skip_bad"):
+    for name in ("utt2spk", "ids_from_paths", "pattern", "resample", "channel", "skip_bad"):
         if args.audio is None and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --audio, not for a prepared dataset")
     if args.format == "ark":
@@ -139,52 +138,57 @@ class AudioFiles(data.Dataset):
     Args:
         args: the script's.
         prepared: prepared.json of the training data; None if unknown.
-        rank, world_size: this process measures every world_size-th recording; gather() must follow.
+        rank, world_size: which part of the files this process measures; then call gather().
+
+    Attributes:
+        bad, notes: messages on what was skipped, and on files with another length than they state.
+        utt2spk: dict utterance id -> speaker; empty if the model was not trained with CMN by
+            speaker.
     """
 
     def __init__(self, args: argparse.Namespace, prepared: dict | None, rank: int, world_size: int):
-        self.fbank, self.cmvn, self.global_stats = frame_settings(prepared)
+        self.fbank, self.cmvn, self.training_stats = frame_settings(prepared)
         self.mel_dim, self.path = self.fbank["num_mel_bins"], args.audio
         if args.utt2spk and self.cmvn.kind != "speaker":
             kind = self.cmvn.kind
             raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {kind}")
-        self.recordings, ignored = audio.find_audio(args.audio, args.ids_from_paths)
+        self.bad = [] if args.skip_bad else None
+        found = audio.find_audio(args.audio, args.ids_from_paths, args.pattern, self.bad)
+        self.recordings, ignored = found
         if ignored:
             logging.info("%s: ignored: %s", args.audio, audio.count_left_out(ignored))
         self.utt2spk = find_speakers(args, self.recordings) if self.cmvn.kind == "speaker" else {}
         options = {"resample": args.resample, "channel": args.channel}
         self.read = partial(audio.read_fbank_blocks, settings=self.fbank, **options)
-        jobs = self.recordings[rank::world_size]
+        jobs = audio.audio_jobs(self.recordings, self.fbank, **options)
+        jobs = [job for _, job in itertools.islice(jobs, rank, None, world_size)]
         num_workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        measured = run_jobs(jobs, partial(measure, self.read, args.skip_bad), num_workers)
-        self.measured = [*progress_bar(measured, total=len(jobs), unit="file", disable=rank > 0)]
+        measured = run_jobs(jobs, partial(measure, skip_bad=args.skip_bad), num_workers)
+        self.measured = [*progress_bar(measured, desc="CMVN", total=len(jobs), disable=rank > 0)]
 
     def gather(self, world_size: int) -> None:
         """Put together what all processes have measured."""
-        parts = [self.measured]
+        parts = [self.measured] * world_size
         if world_size > 1:
-            parts = [None] * world_size
             dist.all_gather_object(parts, self.measured)
-        found, self.lengths, group_stats, groups = [], {}, {}, []
-        self.skipped, self.truncated = [], []
-        for i, recording in enumerate(self.recordings):
-            stats, why, notes = parts[i % world_size][i // world_size]
-            self.truncated += notes
-            if why is not None:
-                self.skipped.append(why)
-                continue
-            group = self.cmvn.group(recording.utt_id, recording.path, self.utt2spk)
-            found.append(recording)
+        stats, bad, self.notes = {}, self.bad or [], []
+        for job_stats, job_bad, job_notes in itertools.chain(*parts):
+            stats |= job_stats
+            bad += job_bad
+            self.notes += job_notes
+        self.bad = bad
+        self.recordings = [recording for recording in self.recordings if recording.utt_id in stats]
+        if not self.recordings:
+            raise UserError(f"{self.path}: every recording was skipped; the first: {bad[0]}")
+        groups, self.lengths, group_stats = [], {}, {}
+        for recording in self.recordings:
+            group = self.cmvn.group(recording.utt_id, recording.where(), self.utt2spk)
             groups.append(group)
-            group_stats[group] = group_stats.get(group, 0) + stats
-            self.lengths[f"{recording.utt_id}.pt"] = int(stats[0, -1])
-        if not found:
-            raise UserError(f"{self.path}: every recording was skipped: {self.skipped[0]}")
-        self.recordings, self.ids = found, [*self.lengths]
-        self.stats = [group_stats[group] for group in groups]
-        if self.global_stats is not None:
-            self.stats = [self.global_stats] * len(groups)
-        del self.measured  # workers need it not
+            group_stats[group] = group_stats.get(group, 0) + stats[recording.utt_id]
+            self.lengths[f"{recording.utt_id}.pt"] = int(stats[recording.utt_id][0, -1])
+        if self.training_stats is not None:
+            group_stats = dict.fromkeys(groups, self.training_stats)
+        self.stats, self.ids = [group_stats[group] for group in groups], [*self.lengths]
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -195,19 +199,22 @@ class AudioFiles(data.Dataset):
 
     def read_chunks(self, index: int) -> Iterator[Tensor]:
         """Yield an utterance's frames, some of them (t, D) at a time."""
-        for frames in self.read(self.recordings[index], notes=[]):
+        for frames in self.read(self.recordings[index]):
             yield torch.from_numpy(self.cmvn.apply(frames, self.stats[index]))
 
 
-def measure(read: partial, skip_bad: bool, recording: audio.Recording) -> tuple:
-    """In a worker: a recording -> CMVN statistics, or None; why it is skipped; what else to note."""
-    notes = []
-    try:
-        return sum(map(cmvn_stats, read(recording, notes=notes))), None, notes
-    except BadUtterance as error:
-        if not skip_bad:
-            raise
-        return None, " ".join(str(error).split()), notes
+def measure(job: Callable, skip_bad: bool) -> tuple[dict, list[str], list[str]]:
+    """In a worker: a job of audio_jobs() -> CMVN statistics by utterance id, what was skipped and
+    why, warnings."""
+    stats, bad, notes = {}, [], []
+    for utt_id, _, read in job(notes):
+        try:
+            stats[utt_id] = sum(map(cmvn_stats, read()))
+        except BadUtterance as error:
+            if not skip_bad:
+                raise
+            bad.append(" ".join(str(error).split()))
+    return stats, bad, notes
 
 
 def find_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
@@ -215,7 +222,7 @@ def find_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
     if args.utt2spk is None and os.path.isfile(args.audio):
         logging.info("%s: taken as a speaker of its own, and normalised by itself", args.audio)
         return {recordings[0].utt_id: recordings[0].utt_id}
-    return audio.speakers_of(recordings, args.utt2spk)
+    return audio.speakers_of(recordings, args.audio, args.utt2spk, "--utt2spk FILE")
 
 
 def open_source(
@@ -310,24 +317,23 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
     if there:
         raise UserError(
             f"{args.save_dir} holds files like {there[0]}: choose another --save_dir"
-            f"{'' if args.format == 'ark' else ', or --resume an extraction that was started there'}"
+            f"{'' if args.format == 'ark' else ', or --resume the extraction into this one'}"
         )
     write_json({"checkpoint": args.checkpoint} | about, path)
     return lock
 
 
 def report(args: argparse.Namespace, source: LibriSpeech | AudioFiles, num_all, num_new) -> None:
-    """List what was odd about the recordings, and print the last line."""
-    notes = ""
-    for kind in ("skipped", "truncated") if args.audio is not None else ():
-        lines = getattr(source, kind)
+    """List what was odd about the recordings, if anything was, and print the last line."""
+    text = f"features of {num_new} utterances written, {num_all - num_new} were already there"
+    lists = {}
+    if args.audio is not None:
+        lists = {"skipped.txt": source.bad, "truncated.txt": source.notes}
+    for name, lines in lists.items():
         if lines:
-            write_lines(lines, os.path.join(args.save_dir, f"{kind}.txt"))
-            notes += f"; {len(lines)} recordings were {kind} ({kind}.txt)"
-    print(
-        f"{args.save_dir}: features of {num_new} utterances written, {num_all - num_new} were "
-        f"already there{notes}"
-    )
+            write_lines(lines, os.path.join(args.save_dir, name))
+            text += f"; {len(lines)} recordings in {name}"
+    print(f"{args.save_dir}: {text}")
 
 
 # Extraction ---------------------------------------------------------------------------------------
@@ -375,18 +381,21 @@ def check_dataset(args: argparse.Namespace, model: APCModel, dataset: Utterances
 
 
 def announce(
-    args: argparse.Namespace,
-    model: APCModel,
-    dataset: Utterances,
-    counts: list[int],
-    device: torch.device,
-    world_size: int,
+    args: argparse.Namespace, model: APCModel, dataset: Utterances, counts: list[int], where: str
 ) -> None:
     """Print what is about to be done."""
+    (source,) = dataset.datasets
+    if args.audio is not None and source.utt2spk:
+        speakers = [source.utt2spk[utt_id] for utt_id in dataset.ids]
+        hours = dataset.num_frames.sum() * source.fbank["frame_shift_ms"] / 3.6e6
+        each = hours / len({*speakers})
+        print(f"speakers: {audio.describe_speakers(speakers)}, {each:.3g} h each")
+    for note in source.notes[:10] if args.audio is not None else ():
+        logging.warning(note)
     print(
         f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {counts[0]} of "
         f"{len(dataset)} utterances, {counts[1]} frames of {args.data_dir or args.audio}, on "
-        f"{device}{f', {world_size} processes' if world_size > 1 else ''} -> {args.save_dir}"
+        f"{where} -> {args.save_dir}"
     )
 
 
@@ -451,7 +460,8 @@ def main(argv: list[str] | None = None) -> None:
     todo = np.array(todo, int)
     counts = sum_over_processes([len(todo), num_frames[todo].sum()], world_size)
     if rank == 0:
-        announce(args, model, dataset, counts, device, world_size)
+        where = f"{device}{f' ({world_size} processes)' if world_size > 1 else ''}"
+        announce(args, model, dataset, counts, where)
     batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
     loader = build_loader(dataset, batches, args.load_data_workers, device)
     features = extract(model.to(device), dataset, loader, long, layers)

@@ -4,9 +4,9 @@ model = torch.hub.load("path/to/this/folder", "apc", "apc.model", source="local"
 features = torch.hub.load("path/to/this/folder", "apc_features", "apc.model", source="local")
 x = features("speech.wav")      # (T, H) float32
 
-`import utils` and the like give the caller's own modules, before these calls and after them. Models
-and extractors can be copied and pickled, also for a DataLoader's worker that is not forked: they are
-unpickled by way of this file, which must still be there.
+`import utils` and the like give the caller's own modules, before these calls and after them.
+Models and extractors can be copied and pickled, also for DataLoader workers that are spawned: they
+are unpickled by means of this file.
 """
 
 import contextlib

@@ -77,31 +77,41 @@ def load_pretrained(
         UserError: the file is no APC model, carries code, or does not say whether it is residual.
         OSError: it cannot be read.
     """
-    weights, config = read_checkpoint(path)
-    mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
-    if "data" not in config:
-        config = read_config(path, model_flags(mel_dim, prenet_config, rnn_config)) | config
-    if rnn_config.rnn_type == "transformer":
-        residual = False  # its residual connections are part of its blocks
-    elif residual is None:
-        residual = find_residual(path, config)
-    residual_first = config.pop("residual_first", True)
-    if residual and not residual_first and mel_dim == rnn_config.hidden_size:
-        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
-    rnn_config = rnn_config._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
-    if prenet_config is not None:
-        prenet_config = prenet_config._replace(dropout=config.get("prenet_dropout", 0.0))
-    model = build_model(weights, mel_dim, prenet_config, rnn_config, path)
-    model.config = config | model_flags(mel_dim, prenet_config, rnn_config)
-    return model.to(device).eval()
+    return load_with_config(path, device, residual)[0]
 
 
 def load_with_config(
-    path: str | os.PathLike, device: str | torch.device = "cpu", residual: bool | None = None
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    residual: bool | None = None,
+    unknown_residual: bool | None = None,
 ) -> tuple[APCModel, dict]:
-    """load_pretrained() -> (model, model.config)."""
-    model = load_pretrained(path, device, residual)
-    return model, model.config
+    """load_pretrained() -> (model, model.config). `unknown_residual` is what holds where neither
+    `residual` nor the file says it."""
+    weights, config = read_checkpoint(path)
+    mel_dim, prenet, rnn = infer_configs(weights, path)
+    if "data" not in config:
+        config = read_config(path) | config
+    if rnn.rnn_type == "transformer":
+        residual = False  # its residual connections are part of its blocks
+    elif residual is None:
+        residual = find_residual(path, config, unknown_residual)
+    residual_first = config.pop("residual_first", True)
+    if residual and not residual_first and mel_dim == rnn.hidden_size:
+        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
+    rnn = rnn._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
+    if prenet is not None:
+        prenet = prenet._replace(dropout=config.get("prenet_dropout", 0.0))
+    model = build_model(weights, mel_dim, prenet, rnn, path)
+    found = model_flags(model)
+    for flag, value in found.items():
+        if flag != "rnn_residual" and config.get(flag, value) != value:
+            raise UserError(
+                f"{path}: its config.json says that {flag} is {config[flag]}, but the weights have "
+                f"{value}: keep models in separate folders, each with its own config.json"
+            )
+    model.config = config | found
+    return model.to(device).eval(), model.config
 
 
 # Recognising what a file holds --------------------------------------------------------------------
@@ -202,24 +212,21 @@ def build_model(
         raise UserError(f"{path}: not the weights of an APC model: {differences}") from None
 
 
-def model_flags(mel_dim: int, prenet_config: PrenetConfig | None, rnn_config: RNNConfig) -> dict:
-    """Those of train.py's flags that say what the model is; of a file, all but the last follow
-    from its weights."""
+def model_flags(model: APCModel) -> dict:
+    """Those of train.py's flags that say what the model is."""
     return {
-        "feature_dim": mel_dim,
-        "prenet_num_layers": prenet_config.num_layers if prenet_config else 0,
-        "rnn_type": rnn_config.rnn_type,
-        "rnn_num_layers": rnn_config.num_layers,
-        "rnn_hidden_size": rnn_config.hidden_size,
-        "rnn_residual": rnn_config.residual,
+        "feature_dim": model.mel_dim,
+        "prenet_num_layers": len(model.prenet.layers) if model.prenet else 0,
+        "rnn_type": model.rnn_type,
+        "rnn_num_layers": model.num_layers,
+        "rnn_hidden_size": model.hidden_size,
+        "rnn_residual": bool(model.rnn_residual),
     }
 
 
-def read_config(path: str | os.PathLike, found: dict) -> dict:
-    """The model's config.json, in its directory or, if `path` is a link, in that of its target.
-
-    {} if there is none, or it is another model's. UserError if it contradicts the weights.
-    """
+def read_config(path: str | os.PathLike) -> dict:
+    """The model's config.json, in its directory or, if `path` is a link, in that of its target; {}
+    if there is none, or it is another model's."""
     target = os.path.realpath(path)
     names = {os.path.basename(path), os.path.basename(target)}
     for folder in dict.fromkeys(map(os.path.dirname, (os.path.abspath(path), target))):
@@ -230,26 +237,21 @@ def read_config(path: str | os.PathLike, found: dict) -> dict:
         # train.py's names its experiment, and --to_state_dict's the file that it was written with.
         owner = config.get("state_dict") or config.get("experiment_name")
         pattern = rf"{re.escape(str(owner))}(__epoch_\d+\.model)?"
-        if owner and not any(re.fullmatch(pattern, name) for name in names):
-            logging.warning("%s: belongs to %s; ignored for %s", config_path, owner, path)
-            continue
-        for flag, value in found.items():
-            if flag != "rnn_residual" and config.get(flag, value) != value:
-                raise UserError(
-                    f"{config_path}: {flag} is {config[flag]}, but {path} has {value}: keep models "
-                    "in separate folders, each with its own config.json"
-                )
-        return config
+        if not owner or any(re.fullmatch(pattern, name) for name in names):
+            return config
+        logging.warning("%s: belongs to %s; ignored for %s", config_path, owner, path)
     return {}
 
 
-def find_residual(path: str | os.PathLike, config: dict) -> bool:
-    """Whether a model is residual, from its flags or its name; else UserError."""
+def find_residual(path: str | os.PathLike, config: dict, unknown: bool | None) -> bool:
+    """Whether a model is residual: from its flags, its name, or `unknown`; else UserError."""
+    name = RELEASED_NAME.match(os.path.basename(path))
     if "rnn_residual" in config:
         return config["rnn_residual"]
-    name = RELEASED_NAME.match(os.path.basename(path))
     if name:
         return name["residual"] is not None
+    if unknown is not None:
+        return unknown
     raise UserError(
         f"{path}: the weights do not show whether the model has residual connections, and there is "
         "no config.json in the same directory that says so: give --residual or --no_residual (in "

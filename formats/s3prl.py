@@ -1,4 +1,4 @@
-"""s3prl's checkpoints of APC, in and out (apc_360hr.ckpt, vq_apc_360hr.ckpt, its upstream apc_local).
+"""s3prl's checkpoints of APC, in and out: apc_360hr.ckpt, vq_apc_360hr.ckpt, for its apc_local.
 
 s3prl computes log-Mel features with torchaudio's Kaldi fbank, from samples in [-1, 1], and
 normalises them per utterance or not at all. Its APC has GRU layers only, with residual connections
