@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -270,6 +271,8 @@ def build_schedule(
         done = (step - warmup) / max(1, total - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
+    # The optimizer's first step may be skipped, for a loss scale or bad data.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     return optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 

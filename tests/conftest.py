@@ -41,6 +41,7 @@ def call(module, *argv):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = utils.exit_status(module.main)
     finally:
+        utils.kill_workers()
         sys.argv = argv_before
         log.handlers[:], log.level = log_before
         for number, handler in handlers.items():
@@ -77,9 +78,7 @@ def start():
         command = [sys.executable, "-c", code, str(ROOT / script), *map(str, args)]
         env = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT), **(env or {})}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(
-            subprocess.Popen(command, env=env, start_new_session=True, **pipes, **kw)
-        )
+        processes.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes, **kw))
         return processes[-1]
 
     yield start
@@ -221,8 +220,8 @@ def corpus(tmp_path_factory):
         tensors, table = make_folder(path / name, lengths, D, SEQ_LEN, **kw)
         return {name: (tensors[name], n) for name, n in table.items() if n > max(SHORT)}
 
-    train = split("train-clean-360", [*TRAIN, *SHORT])
-    return SimpleNamespace(path=path, train=train, valid=split("dev-clean", VALID, seed=1))
+    training = split("train-clean-360", [*TRAIN, *SHORT])
+    return SimpleNamespace(path=path, train=training, valid=split("dev-clean", VALID, seed=1))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Runs are calls of main() in this process; what kills or interrupts a run is a pr
 """
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -378,11 +379,10 @@ def test_bf16_on_a_cpu_without_such_instructions_is_a_warning(monkeypatch, caplo
     assert ("no bf16 instructions" in caplog.text) == is_slow
 
 
-@pytest.mark.parametrize("flags, expected", [([], "ieee"), (["--tf32"], "tf32")])
-def test_tensorfloat32_is_used_only_where_it_is_asked_for(run, monkeypatch, flags, expected):
+@pytest.mark.parametrize("flags, expected", [(["--tf32"], "tf32"), ([], "ieee")])
+def test_tensorfloat32_is_used_only_where_it_is_asked_for(run, flags, expected):
     backends = torch.backends.cuda.matmul, torch.backends.cudnn.rnn, torch.backends.cudnn.conv
-    for backend in backends:
-        monkeypatch.setattr(backend, "fp32_precision", "none")
+    utils.set_numerics(tf32=not flags)
     succeeded(run(f"numerics-{expected}", "--max_steps", 1, *flags)[0])
     assert {backend.fp32_precision for backend in backends} == {expected}
 
@@ -528,7 +528,15 @@ def test_picture_of_each_epoch(whole):
     assert {(image.width, image.height) for image in pictures} == {(600, 450)}
 
 
-@pytest.mark.parametrize("utt_id", ["W" * 60, "abiayi_2015-09-08-11-33-57_" * 4, "a_b$c$"])
+@pytest.mark.parametrize(
+    "utt_id",
+    [
+        "M104_2015-09-08_ABCDE_" * 4,
+        "ABCDEFGHKMN" * 4 + "KMN123",
+        "abiayi_2015-09-08-11-33-57_" * 4,
+        "a_b$c$",
+    ],
+)
 def test_long_utterance_id_is_inside_the_picture(utt_id):
     args = train.parse_args(["--time_shift", "3", "--rnn_hidden_size", "8"])
     args.feature_dim = D
@@ -537,9 +545,7 @@ def test_long_utterance_id_is_inside_the_picture(utt_id):
     figure.canvas.draw()
     box = figure.axes[0].title.get_window_extent()
     assert 0 <= box.x0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
-    assert {utt_id[:20], utt_id[-20:]} <= {figure.axes[0].get_title()[i:j] for i, j in ()} or all(
-        part in figure.axes[0].get_title() for part in (utt_id[:20], utt_id[-20:])
-    )
+    assert utt_id[:20] in figure.axes[0].get_title() and utt_id[-20:] in figure.axes[0].get_title()
 
 
 def test_picture_that_cannot_be_drawn_is_one_warning(run, monkeypatch):
@@ -713,25 +719,36 @@ def test_run_killed_at_a_rename_resumes_exactly(run, start, place, whole):
         assert_same_run(path, whole.path)
 
 
-def test_run_killed_between_steps_resumes_exactly(run, start, place, whole, whole_transformer):
+HANG_AFTER_9_STEPS = """
+from apc_model import APCModel
+calls, forward = [], APCModel.forward
+
+def hanging(*args, **kw):
+    calls.append(0)
+    # An epoch's steps, its validation and picture, and the fourth step of the second epoch.
+    time.sleep(1000 if len(calls) == 6 + 2 + 1 + 4 else 0)
+    return forward(*args, **kw)
+
+APCModel.forward = hanging
+"""
+
+
+def test_run_killed_between_steps_resumes_exactly(start, place, whole, whole_transformer):
     """A GRU with prenet, dropout and workers, killed with these; a Transformer with a cosine."""
-    whole = {"gru": (FULL, whole.path), "t-apc": (TRANSFORMER, whole_transformer.path)}
+    runs = {"gru": (FULL, whole.path), "t-apc": (TRANSFORMER, whole_transformer.path)}
     processes = {}
-    slow = "import train; step = train.train_step\n"
-    slow += "train.train_step = lambda *a, **k: (time.sleep(0.1), step(*a, **k))[1]"
-    for name, (flags, _) in whole.items():
+    for name, (flags, _) in runs.items():
         flags = [*flags, *place(f"killed-{name}")[0], "--save_steps", 4]
-        processes[name] = start("train.py", *flags, patch=slow)
-    for name, (flags, reference) in whole.items():
-        path = place(f"killed-{name}")[1]
-        until_step(9, path, processes[name])
+        processes[name] = start("train.py", *flags, patch=HANG_AFTER_9_STEPS)
+    for name, (flags, reference) in runs.items():
+        where, path = place(f"killed-{name}")
+        until_step(8, path, processes[name])
         os.killpg(processes[name].pid, signal.SIGKILL)
         assert finished(processes[name]).returncode == -signal.SIGKILL
-        assert last(path)["progress"]["step"] in (8, 12)
+        assert last(path)["progress"]["step"] == 8
         with open(path / "metrics.jsonl", "a") as file:
             file.write('{"epoch": 1, "st')
-        flags = [*flags, *place(f"killed-{name}")[0], "--resume"]
-        succeeded(call(train, *flags))
+        succeeded(call(train, *flags, *where, "--resume"))
         assert_same_run(path, reference)
 
 
@@ -767,7 +784,9 @@ def test_signal_saves_and_the_run_resumes_exactly(
         send_signal(patch, number, function, step if function == "train_step" else 1)
         process, path = run(name, *FULL, "--load_data_workers", workers, pictures=True)
     assert process.returncode == 128 + number, process.stderr
-    assert f"\n{number.name}: finishing the step, saving; press Ctrl-C again" in capfd.readouterr().err
+    assert (
+        f"\n{number.name}: finishing the step, saving; press Ctrl-C again" in capfd.readouterr().err
+    )
     assert f"stopped by {number.name} after {step} steps" in process.stderr
     assert last(path)["progress"]["step"] == len(metrics(path)[0]) == step
     succeeded(run(name, *FULL, "--resume", pictures=True)[0])
@@ -796,15 +815,24 @@ def test_sigterm_to_the_whole_process_group(run, start, place, whole):
     assert metrics(path)[0][:STEPS] == metrics(whole.path)[0][:steps]
 
 
+def is_alive(group):
+    """Whether there is a process in a process group."""
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
 def test_second_ctrl_c_ends_a_run_whose_data_hang(start, place):
     """At once, with its workers."""
     hang = "import datasets\ndatasets.Utterances.__getitem__ = lambda *_: time.sleep(1000)"
-    processes = []
-    for workers in (0, 1):
-        flags, path = place(f"hang-{workers}")
-        flags += ["--load_data_workers", workers]
-        processes.append(start("train.py", *PLAIN, *flags, patch=hang))
-        until((path / "last.ckpt").exists, *processes)
+    places = [place(f"hang-{workers}") for workers in (0, 1)]
+    processes = [
+        start("train.py", *PLAIN, *flags, "--load_data_workers", workers, patch=hang)
+        for workers, (flags, _) in enumerate(places)
+    ]
+    until(lambda: all((path / "last.ckpt").exists() for _, path in places), *processes)
     time.sleep(0.5)  # to reach the loader
     for process in processes:
         os.killpg(process.pid, signal.SIGINT)
@@ -814,8 +842,7 @@ def test_second_ctrl_c_ends_a_run_whose_data_hang(start, place):
         os.killpg(process.pid, signal.SIGINT)
         ended = finished(process, timeout=5)
         assert ended.returncode == 128 + signal.SIGINT and "Traceback" not in ended.stderr
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        until(lambda group=process.pid: not is_alive(group), timeout=5)
 
 
 # --max_steps, --resume, --keep_epochs -------------------------------------------------------------
@@ -936,8 +963,9 @@ def test_keep_epochs_keeps_the_newest_and_the_best(run, tmp_path):
 
 def test_loader_that_times_out_is_one_line(run, monkeypatch):
     monkeypatch.setattr(datasets, "TIMEOUT", 1)
-    monkeypatch.setattr(datasets.Utterances, "__getitem__", lambda *_: time.sleep(1000))
-    line = error_line(run("timeout", "--load_data_workers", 1)[0], "train.py")
+    monkeypatch.setattr(datasets.Utterances, "__getitem__", lambda *_: time.sleep(2))
+    flags = ["--load_data_workers", 1, "--batch_size", 1]
+    line = error_line(run("timeout", *flags)[0], "train.py")
     assert "within 1 s" in line and "--load_data_workers 0" in line
 
 
@@ -979,11 +1007,11 @@ def test_file_that_may_not_grow_is_one_line(run, name):
     limit = 5000 if name == "epoch_0.model" else 20_000
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        process, path = run(f"limited-{name}")
+        process, path = run(f"limited-{name}", pictures=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    file = f"__{name}" if name == "epoch_0.model" else ".dir"
-    assert re.search(f"{file}: File too large", error_line(process, "train.py"))
+    file = f"__{name}: " if name == "epoch_0.model" else ""
+    assert f"{file}File too large" in error_line(process, "train.py").replace("[Errno 27] ", "")
     assert not list(path.glob("*.tmp"))
 
 
@@ -1050,10 +1078,10 @@ def test_bad_batch_is_skipped_and_counted(run, bad_data, name):
         assert states[0] and all(same(old, new) for old, new in zip(*states))
 
 
-def test_first_step_may_be_skipped(run, bad_data):
-    """PyTorch warns of a schedule that steps before the optimizer."""
-    flags = ["--librispeech_path", bad_data["all"], "--max_steps", 2]
-    assert "UserWarning" not in succeeded(run("first-step", *flags)[0]).stderr
+def test_first_step_may_be_skipped(run, bad_data, recwarn):
+    """PyTorch would warn of a schedule that steps before the optimizer."""
+    succeeded(run("first-step", "--librispeech_path", bad_data["all"], "--max_steps", 2)[0])
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
 
 @pytest.mark.parametrize("name", DIVERGING)
@@ -1089,18 +1117,19 @@ def test_overflows_of_the_loss_scale_are_counted_apart():
     assert (progress.overflows, progress.skipped, progress.skipped_in_a_row) == (3, 3, 3)
 
 
-def test_overflows_do_not_end_a_run(run, monkeypatch):
-    """More of them than bad steps in a row may be; each halves the scale."""
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda *a, **kw: scaler(*a, **kw, init_scale=2.0**150)
-    )
-    process, path = run("overflows", "--precision", "bf16", "--epochs", 6)
-    succeeded(process)
-    end = metrics(path)[0][-1]
-    assert end["overflow_steps"] > 20 and end["skipped_steps"] == 0
-    assert end["training_loss"] < metrics(path)[0][0]["training_loss"]
-    assert "NaN" not in process.stderr
+def test_overflows_do_not_end_a_run(run, monkeypatch, data):
+    """Of values this large, about 32 steps overflow, until the scale is halved often enough."""
+    for file in (data / "train-clean-360").glob("*.pt"):
+        torch.save(1e10 * torch.load(file, weights_only=True), file)
+    init = torch.amp.GradScaler.__init__
+    huge = functools.partialmethod(init, init_scale=2.0**127)
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", huge)
+    flags = ["--librispeech_path", data, "--precision", "bf16", "--epochs", 7]
+    process, path = run("overflows", *flags)
+    end = metrics(succeeded(process) and path)[0][-1]
+    assert 20 < end["overflow_steps"] < 40 and end["skipped_steps"] == 0
+    assert not same(models(path)["epoch_0"], models(path)["epoch_7"])
+    assert "skipped" not in process.stderr.split("Epoch: 1 ")[1]
 
 
 def test_validation_utterance_that_is_not_finite_is_named(run, data):
