@@ -1,9 +1,11 @@
 """What several test files share: runs of the scripts, prepared datasets, hostile files."""
 
 import contextlib
+import gc
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
@@ -41,7 +43,9 @@ def call(module, *argv):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = utils.exit_status(module.main)
     finally:
-        utils.kill_workers()
+        if multiprocessing.active_children():
+            gc.collect()  # a loader that is freed ends its workers
+            utils.kill_workers()
         sys.argv = argv_before
         log.handlers[:], log.level = log_before
         for number, handler in handlers.items():
