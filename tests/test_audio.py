@@ -464,14 +464,14 @@ def test_bad_segments_may_be_skipped(tmp_path):
     bad = []
     found, _ = find_audio(tmp_path, bad=bad)
     assert [recording.utt_id for recording in found] == ["c"]
-    assert len(bad) == 3 and "start < end, in seconds, found '1 0'" in bad[1]
+    assert len(bad) == 3 and "expected 0 <= start < end, " in bad[1]
 
 
 @pytest.mark.parametrize(
     "name, line, reason",
     [
-        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes are not supp"),
-        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: audio in archives is not"),
+        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes, .*not supp"),
+        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: .*archives .*not supp"),
         ("wav.scp", "alone", r"wav\.scp:2: expected a recording and its file, found 'alone'"),
         ("segments", "a r 0 1", r"segments:1: utterance a: r is not in wav\.scp"),
         ("segments", "a rec 1 0", r"segments:1: utterance a: expected 0 <= start < end"),
@@ -479,7 +479,7 @@ def test_bad_segments_may_be_skipped(tmp_path):
         ("segments", "../a rec 0 1", r"segments:1: utterance id"),
         ("segments", "a rec 0", r"segments:1: expected an utterance and a recording and its st"),
         ("segments", "a rec 0 1\na rec 1 2", r"segments:2: a has .*segments:1"),
-        ("segments", "a rec 0 1 A", r"segments:1: utterance a: expected a channel, from 0"),
+        ("segments", "a rec 0 1 A", r"segments:1: utterance a: .* a channel, from 0, found"),
         ("reco2file_and_channel", "rec f 0", r"channel:1: expected a channel A, B, .*found '0'"),
         ("utt2spk", "a s\na t", r"utt2spk:2: a has 't' here, and 's' in \S*utt2spk:1"),
     ],
