@@ -320,7 +320,7 @@ def test_one_kind_of_file_by_pattern(tmp_path):
     for pattern, ids in [("*.wav", ["1"]), ("*_mic1.flac", ["2_mic1"]), ("a/2*1.*", ["2_mic1"])]:
         found, ignored = find_audio(tmp_path, pattern=pattern)
         assert [recording.utt_id for recording in found] == ids
-        assert count_left_out(ignored) == "3 does not match --pattern"
+        assert count_left_out(ignored) == "3 --pattern does not match"
 
 
 def test_names_with_spaces_and_accents_can_be_given_a_speaker(tmp_path, caplog):
@@ -355,6 +355,7 @@ def test_speakers_are_known_or_asked_for(tmp_path):
         (["clips/a.mp3", "clips/b.mp3"], "clips"),  # Common Voice
         (["podcast/P1/a.opus", "youtube/Y1/b.opus"], "podcast"),  # GigaSpeech
         (["TRAIN/DR1/FABC0/a.wav", "TEST/DR1/MABC0/b.wav"], "TEST"),  # TIMIT
+        (["DR1/FABC0/a.wav", "DR2/MABC0/b.wav"], "DR1"),
         (["corpus/1/1/a.wav", "corpus/2/1/b.wav"], "corpus"),
     ],
 )
@@ -463,14 +464,14 @@ def test_bad_segments_may_be_skipped(tmp_path):
     bad = []
     found, _ = find_audio(tmp_path, bad=bad)
     assert [recording.utt_id for recording in found] == ["c"]
-    assert len(bad) == 3 and "start < end, in seconds, found '1 0'" in bad[1]
+    assert len(bad) == 3 and "expected 0 <= start < end, " in bad[1]
 
 
 @pytest.mark.parametrize(
     "name, line, reason",
     [
-        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes are not supp"),
-        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: audio in archives is not"),
+        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes, .*not supp"),
+        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: .*archives .*not supp"),
         ("wav.scp", "alone", r"wav\.scp:2: expected a recording and its file, found 'alone'"),
         ("segments", "a r 0 1", r"segments:1: utterance a: r is not in wav\.scp"),
         ("segments", "a rec 1 0", r"segments:1: utterance a: expected 0 <= start < end"),
@@ -478,7 +479,7 @@ def test_bad_segments_may_be_skipped(tmp_path):
         ("segments", "../a rec 0 1", r"segments:1: utterance id"),
         ("segments", "a rec 0", r"segments:1: expected an utterance and a recording and its st"),
         ("segments", "a rec 0 1\na rec 1 2", r"segments:2: a has .*segments:1"),
-        ("segments", "a rec 0 1 A", r"segments:1: utterance a: expected a channel, from 0"),
+        ("segments", "a rec 0 1 A", r"segments:1: utterance a: .* a channel, from 0, found"),
         ("reco2file_and_channel", "rec f 0", r"channel:1: expected a channel A, B, .*found '0'"),
         ("utt2spk", "a s\na t", r"utt2spk:2: a has 't' here, and 's' in \S*utt2spk:1"),
     ],
