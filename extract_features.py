@@ -402,8 +402,11 @@ def announce(
 def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:
     """Add up every process' numbers; which also waits for all of them."""
     total = torch.tensor(numbers)
-    if world_size > 1:
-        dist.all_reduce(total)  # on the CPU: a GPU's barrier would keep it busy
+    try:
+        if world_size > 1:
+            dist.all_reduce(total)  # on the CPU: a GPU's barrier would keep it busy
+    except RuntimeError:
+        raise UserError("another process of this run failed: see its error") from None
     return total.tolist()
 
 
