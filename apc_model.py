@@ -191,7 +191,8 @@ class APCModel(nn.Module):
         valid = valid_frames(check_lengths(lengths, inputs), inputs.size(1), inputs.device)
         valid = valid[:, :, None]  # (B, T, 1)
         if self.rnn_type == "transformer":
-            predicted_mel, reps = self._transformer(inputs, need_reps)
+            # Attention multiplies what it must not see by 0, which leaves NaN.
+            predicted_mel, reps = self._transformer(inputs.masked_fill(~valid, 0), need_reps)
         else:
             predicted_mel, reps = self._rnn_in_chunks(inputs, need_reps)
         predicted_mel = torch.where(valid, predicted_mel, self.postnet.layer.bias)

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -275,6 +276,7 @@ def build_loader(
 
     `persistent` keeps the workers from one epoch to the next.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     return data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -299,6 +301,7 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     try:
         yield from loader
     except (UserError, OSError, RuntimeError) as error:
+        error = error.with_traceback(None)  # which would hold on to the loader, and so its workers
         # A worker's error comes as the text of its traceback, which ends with the message.
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         name = f"utils.{type(error).__name__}: "

@@ -8,6 +8,7 @@ renamed when it is complete.
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import pickle
 import sys
@@ -44,30 +45,22 @@ EXAMPLES = """\
   python prepare_data.py --kaldi data/dev/feats.scp --cmvn speaker --save_dir data/dev-clean
 """
 WAYS_OUT = "--utt2spk FILE or --cmvn utterance"  # where speakers are not known
-LISTS = {
-    "skipped.txt": "utterances were skipped",
-    "truncated.txt": "files have another length than their headers state",
-    "left_out.txt": "files were ignored",
-}
-OWN_FILES = {"prepared.json", "lengths.pkl", *LISTS}
+OWN_FILES = ("lengths.pkl", "prepared.json", "skipped.txt", "truncated.txt", "left_out.txt")
 NOBODYS_FILES = (".DS_Store", "Thumbs.db", ".nfs", ".lock")  # starts of names
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(
-        "Turn Kaldi features or audio into a folder of padded log-Mel tensors.", EXAMPLES
-    )
+    description = "Turn Kaldi features or audio into a folder of padded log-Mel tensors."
+    parser = new_parser(description, EXAMPLES)
     group = parser.add_argument_group("input")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--librispeech_from_kaldi",
-        "--kaldi",
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add(
+        *("--librispeech_from_kaldi", "--kaldi"),
         metavar="PATH",
         help="log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input",
     )
-    source.add_argument(
-        "--librispeech_from_audio",
-        "--audio",
+    add(
+        *("--librispeech_from_audio", "--audio"),
         metavar="DIR",
         help="folder of audio files, any depth, or a Kaldi data directory (wav.scp, segments)",
     )
@@ -81,58 +74,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
     add("--as_s3prl", action="store_true", help="compute fbank and CMVN of audio exactly as s3prl")
-    add(
-        "--sample_rate",
-        type=positive,
-        default=16000,
-        metavar="HZ",
-        help="sampling rate of the audio that features are computed from (default: %(default)s)",
-    )
-    add(
-        "--num_mel_bins",
-        type=positive,
-        default=80,
-        metavar="D",
-        help="mel_dim, the dimension of features from audio (default: %(default)s)",
-    )
-    add(
-        "--dither",
-        type=float,
-        default=0.0,
-        help="standard deviation of the noise added to audio, in 16-bit steps, repeatable; the "
-        "original had 1 (default: %(default)s)",
-    )
+    default = "(default: %(default)s)"
+    add("--sample_rate", type=positive, default=16000, help=f"rate of the audio in Hz {default}")
+    add("--num_mel_bins", type=positive, default=80, help=f"mel_dim, for audio {default}")
+    noise = "noise added to audio, standard deviation in 16-bit steps; the original had 1"
+    add("--dither", type=float, default=0.0, help=f"{noise} {default}")
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--save_dir",
-        default="./librispeech_data/preprocessed/dev-clean",
-        metavar="DIR",
-        help="folder for the tensors (default: %(default)s)",
-    )
+    save_dir = "./librispeech_data/preprocessed/dev-clean"
+    add("--save_dir", default=save_dir, help=f"folder for the tensors {default}")
     add("--overwrite", action="store_true", help="replace the finished dataset in save_dir")
-    add(
-        "--max_seq_len",
-        type=positive,
-        default=1600,
-        metavar="FRAMES",
-        help="length of each tensor: longer utterances are cut, shorter ones padded "
-        "(default: %(default)s)",
-    )
-    add(
-        "--long_utterances",
-        choices=["cut", "split"],
-        default="cut",
-        help="drop what is beyond max_seq_len, or make it utterances <id>_00001, ... "
-        "(default: %(default)s)",
-    )
+    length = "frames of each tensor; longer utterances are cut, shorter ones padded"
+    add("--max_seq_len", type=positive, default=1600, help=f"{length} {default}")
+    beyond = "drop what is beyond max_seq_len, or make it utterances <id>_00001, ..."
+    choices = ["cut", "split"]
+    add("--long_utterances", choices=choices, default="cut", help=f"{beyond} {default}")
     add = parser.add_argument_group("hardware").add_argument
-    add(
-        "--num_workers",
-        type=positive,
-        default=num_cores(),
-        metavar="N",
-        help="number of processes (default: one per core, %(default)s)",
-    )
+    processes = "number of processes (default: one per core, %(default)s)"
+    add("--num_workers", type=positive, default=num_cores(), help=processes)
     return parser
 
 
@@ -156,7 +114,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--utt2spk is for --cmvn speaker, not {args.cmvn}")
     if not 0 <= args.dither < 2**15:
         parser.error(f"--dither {args.dither}: expected 0 or more, in steps of 16-bit samples")
-    args.path = args.librispeech_from_audio if from_audio else args.librispeech_from_kaldi
     return args
 
 
@@ -164,71 +121,72 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Source(NamedTuple):
-    """Where utterances come from."""
+    """Where utterances come from.
 
+    A job is called with a list for warnings and yields (utterance id, where, read) for some
+    utterances; read() returns an iterator of log-Mel frames (t, D) or raises BadUtterance.
+    """
+
+    path: str
     kind: str
-    size: int | None  # in utterances (audio) or bytes
-    # of (how much of the size has been read, job); a job, called with a list for warnings, yields
-    # (utterance id, where, read), and read() returns an iterator of frames (t, D) or raises
-    jobs: Iterator
+    size: int | None  # utterances (audio) or bytes
+    jobs: Iterator  # (how much of the size has been read, job)
     utt2spk: dict  # for --cmvn speaker
-    bad: list  # messages on what is skipped before it is read
+    bad: list  # messages on utterances that --skip_bad skips before they are read
     ignored: list  # "path: why", of audio
     fbank: dict | None  # fbank_settings; Kaldi's files do not say
 
 
 def open_audio(args: argparse.Namespace) -> Source:
+    path, bad, utt2spk = args.librispeech_from_audio, [] if args.skip_bad else None, {}
     changes = {name: getattr(args, name) for name in ("sample_rate", "num_mel_bins", "dither")}
     settings = fbank_settings(changes | (S3PRL_FBANK if args.as_s3prl else {}))
-    bad = [] if args.skip_bad else None
-    recordings, ignored = audio.find_audio(args.path, args.ids_from_paths, args.pattern, bad)
-    utt2spk = {}
+    recordings, ignored = audio.find_audio(path, args.ids_from_paths, args.pattern, bad)
     if args.cmvn == "speaker":
-        utt2spk = audio.speakers_of(recordings, args.path, args.utt2spk, WAYS_OUT)
+        utt2spk = audio.speakers_of(recordings, path, args.utt2spk, WAYS_OUT)
     jobs = audio.audio_jobs(recordings, settings, resample=args.resample, channel=args.channel)
-    return Source("audio", len(recordings), jobs, utt2spk, bad or [], ignored, settings)
+    return Source(path, "audio", len(recordings), jobs, utt2spk, bad or [], ignored, settings)
 
 
 def open_kaldi(args: argparse.Namespace) -> Source:
-    utt2spk = {}
+    path, utt2spk = args.librispeech_from_kaldi, {}
     if args.cmvn == "speaker":
-        beside = os.path.join(os.path.dirname(args.path), "utt2spk")
-        if not args.utt2spk and (args.path == "-" or not os.path.exists(beside)):
+        beside = os.path.join(os.path.dirname(path), "utt2spk")
+        if not args.utt2spk and (path == "-" or not os.path.exists(beside)):
             raise UserError(
-                f"{args.path}: --cmvn speaker needs to know who speaks, but there is no utt2spk in "
-                f"the same directory: use {WAYS_OUT}"
+                f"{path}: --cmvn speaker needs speaker labels, but no utt2spk was found next to "
+                f"the input: use {WAYS_OUT}"
             )
         utt2spk = kaldi.read_utt2spk(args.utt2spk or beside)
-    kind, size, jobs = kaldi.read_kaldi(args.path)
+    kind, size, jobs = kaldi.read_kaldi(path)
     jobs = ((position, partial(without_notes, job)) for position, job in jobs)
-    return Source(kind, size, jobs, utt2spk, [], [], None)
+    return Source(path, kind, size, jobs, utt2spk, [], [], None)
 
 
 def without_notes(job, notes):
-    """A job of kaldi.read_kaldi(), which has no warnings, called as one of audio.audio_jobs()."""
+    """Call a job of kaldi.read_kaldi(), which has no warnings, as one of audio.audio_jobs()."""
     return job()
 
 
-# Output -------------------------------------------------------------------------------------------
+# The folder ---------------------------------------------------------------------------------------
 
 
 def check_save_dir(save_dir: str, overwrite: bool) -> list[str]:
-    """Look at what save_dir holds -> the files of a finished dataset that is to be replaced.
+    """What save_dir holds: nothing, or the files of a dataset that is to be replaced.
 
     Raises:
-        UserError: it holds a finished dataset that is not to be replaced, or anything else.
+        UserError: a finished dataset that is not to be replaced, or anything else.
     """
-    names = sorted(os.listdir(save_dir)) if os.path.isdir(save_dir) else []
-    own = set()
-    if datasets.is_finished(save_dir):
-        own = {*datasets.read_lengths(save_dir), *OWN_FILES}
+    names = sorted(os.listdir(save_dir)) if os.path.exists(save_dir) else []
+    is_finished = datasets.is_finished(save_dir)
+    own = {*datasets.read_lengths(save_dir), *OWN_FILES} if is_finished else set()
     others = [name for name in names if name not in own and not name.startswith(NOBODYS_FILES)]
     if others:
         raise UserError(
             f"{save_dir}: this folder holds {others[0]}, which is not of a dataset of "
             "prepare_data.py: choose another --save_dir"
         )
-    if own and not overwrite:
+    if is_finished and not overwrite:
         raise UserError(
             f"{save_dir}: this folder holds a finished dataset: choose another --save_dir, or "
             "replace it with --overwrite"
@@ -244,18 +202,18 @@ def remove_files(folder: str, but: str | None = None) -> None:
             os.remove(os.path.join(folder, name))
 
 
-def put_in_place(partial_dir: str, save_dir: str, overwrite: bool, lock) -> None:
-    """Rename the finished folder to save_dir, in place of the dataset that may be there."""
+def put_in_place(folder: str, save_dir: str, overwrite: bool, lock) -> None:
+    """Rename the finished, locked folder to save_dir, in place of the dataset that may be there."""
     for name in check_save_dir(save_dir, overwrite):
         os.remove(os.path.join(save_dir, name))
-    if os.path.isdir(save_dir):
+    if os.path.exists(save_dir):
         os.rmdir(save_dir)
     if os.name == "nt":  # where no file in a folder may be open when it is renamed
         lock.release()
-    os.rename(partial_dir, save_dir)
+    os.rename(folder, save_dir)
     lock.release()
-    if os.path.exists(path := os.path.join(save_dir, ".lock")):
-        os.remove(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(save_dir, ".lock"))
 
 
 # The two passes -----------------------------------------------------------------------------------
@@ -263,12 +221,12 @@ def put_in_place(partial_dir: str, save_dir: str, overwrite: bool, lock) -> None
 
 @dataclasses.dataclass
 class Written:
-    """What a worker returns of an utterance whose tensors it has written."""
+    """What a worker returns for an utterance whose tensors it has written."""
 
     utt_id: str
     where: str
-    lengths: dict  # its tensors: utterance id -> frames
-    num_frames: int  # of all, before truncation
+    lengths: dict  # utterance ids of its tensors -> frames
+    num_frames: int  # before truncation
     mel_dim: int
     stats: np.ndarray | None  # cmvn_stats of all frames, if the second pass needs them
 
@@ -285,12 +243,6 @@ def in_parts(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield rest
 
 
-def write_tensor(frames: np.ndarray, path: str, max_seq_len: int) -> None:
-    padded = np.zeros((max_seq_len, frames.shape[1]), np.float32)
-    padded[: len(frames)] = frames
-    save(torch.from_numpy(padded), path, sync=False)
-
-
 def write_utterance(utterance: tuple, folder: str, args: argparse.Namespace) -> Written:
     """Write an utterance's padded tensors as it is read, with one of them in memory at a time."""
     utt_id, where, read = utterance
@@ -302,7 +254,9 @@ def write_utterance(utterance: tuple, folder: str, args: argparse.Namespace) -> 
                 stats = stats + cmvn_stats(part)
             if not lengths or args.long_utterances == "split":
                 name = f"{utt_id}_{len(lengths):05d}" if lengths else utt_id
-                write_tensor(part, os.path.join(folder, f"{name}.pt"), args.max_seq_len)
+                padded = np.zeros((args.max_seq_len, part.shape[1]), np.float32)
+                padded[: len(part)] = part
+                save(torch.from_numpy(padded), os.path.join(folder, f"{name}.pt"), sync=False)
                 lengths[name] = len(part)
     except BadUtterance:
         for name in lengths:
@@ -317,7 +271,7 @@ def write_utterances(
     """The first pass over a source's (position, job), in a worker: write its padded tensors.
 
     Returns:
-        position, utterances, messages on bad utterances, warnings.
+        position, utterances, messages on those that were skipped, warnings.
     """
     position, read_utterances = job
     written, bad, notes = [], [], []
@@ -354,26 +308,27 @@ def first_pass(
     """Write the tensors as they are (with CMVN by utterance, as they will be).
 
     Returns:
-        the utterances, CMVN statistics by group, messages on bad utterances, warnings.
+        utterances, CMVN statistics by group, messages on utterances that were skipped, warnings.
     """
     written, names, stats, bad, notes = [], set(), {}, source.bad, []
     write = partial(write_utterances, folder=folder, args=args, cmvn=cmvn)
+    results = run_jobs(source.jobs, write, args.num_workers)
     unit = {"unit": "utt"} if source.fbank else {"unit": "B", "unit_scale": True}
-    with progress_bar(total=source.size, desc="features", dynamic_ncols=True, **unit) as bar:
-        for position, some, new_bad, new_notes in run_jobs(source.jobs, write, args.num_workers):
+    bar = progress_bar(total=source.size, desc="features", dynamic_ncols=True, **unit)
+    with bar, contextlib.closing(results):
+        for position, some, new_bad, new_notes in results:
             for one in some:
-                check_fits(one, names, (written or some)[0].mel_dim)
+                written.append(one)
+                check_fits(one, names, written[0].mel_dim)
+                names |= one.lengths.keys()
                 if one.stats is not None:
                     group = cmvn.group(one.utt_id, one.where, source.utt2spk)
                     stats[group] = stats.get(group, 0) + one.stats
                     one.stats = None
-                names |= one.lengths.keys()
-                written.append(one)
+            for note in new_notes[: max(0, 10 - len(notes))]:  # truncated.txt lists all
+                bar.write(f"WARNING: {note}", file=sys.stderr)
             bad += new_bad
-            for note in new_notes:
-                notes.append(note)
-                if len(notes) <= 10:
-                    bar.write(f"warning: {note}", file=sys.stderr)
+            notes += new_notes
             bar.set_postfix(utterances=len(names), refresh=False)
             bar.update(position - bar.n)
     return written, stats, bad, notes
@@ -381,34 +336,23 @@ def first_pass(
 
 def check_fits(one: Written, names: set[str], mel_dim: int) -> None:
     """UserError if an utterance's tensors cannot be in one dataset with those before."""
+    where = f"{one.where}: utterance {one.utt_id}"
     twice = one.lengths.keys() & names
     if twice:
-        raise UserError(f"{one.where}: utterance {one.utt_id}: the id {min(twice)} occurs twice")
+        raise UserError(f"{where}: the id {min(twice)} occurs twice")
     if one.mel_dim != mel_dim:
         raise UserError(
-            f"{one.where}: utterance {one.utt_id}: expected frames of {mel_dim} values, as in the "
-            f"utterances before, found {one.mel_dim}"
+            f"{where}: expected frames of {mel_dim} values, as in the utterances before, found "
+            f"{one.mel_dim}"
         )
 
 
-def second_pass(
-    written: list[Written],
-    stats: dict,
-    source: Source,
-    folder: str,
-    args: argparse.Namespace,
-    cmvn: CMVN,
-) -> None:
-    """Normalise the tensors by the statistics of their speakers, or of the corpus."""
-    todo = [
-        (name, length, stats[cmvn.group(one.utt_id, one.where, source.utt2spk)])
-        for one in written
-        for name, length in one.lengths.items()
-    ]
+def second_pass(todo: list[tuple], folder: str, num_workers: int, cmvn: CMVN) -> None:
+    """Normalise [(utterance id, frames, CMVN statistics of its speaker, or of the corpus)]."""
     jobs = (todo[start : start + 8] for start in range(0, len(todo), 8))
     function = partial(normalise, folder=folder, cmvn=cmvn)
     with progress_bar(total=len(todo), desc="CMVN", unit="utt", dynamic_ncols=True) as bar:
-        for count in run_jobs(jobs, function, args.num_workers):
+        for count in run_jobs(jobs, function, num_workers):
             bar.update(count)
 
 
@@ -416,15 +360,14 @@ def second_pass(
 
 
 def announce(args: argparse.Namespace, source: Source) -> None:
-    size = f", {source.size} utterances" if source.fbank else ""
-    print(f"preparing {args.path} ({source.kind}{size}) -> {args.save_dir}")
+    size = f", utterances: {source.size}" if source.fbank else ""
+    print(f"preparing {source.path} ({source.kind}{size}) -> {args.save_dir}")
     if source.utt2spk:
         print(f"speakers: {audio.describe_speakers(source.utt2spk.values())}")
-    moments = "mean and variance" if args.norm_vars else "mean"
-    over = "none" if args.cmvn == "none" else f"{moments}, over each {args.cmvn}"
+    over = f"by {args.cmvn}, {'mean and variance' if args.norm_vars else 'mean only'}"
     print(
-        f"CMVN: {over.replace('each global', 'the corpus')}; tensors of {args.max_seq_len} frames; "
-        f"{args.num_workers} processes",
+        f"CMVN: {'none' if args.cmvn == 'none' else over}; tensors of {args.max_seq_len} frames; "
+        f"processes: {args.num_workers}",
         flush=True,
     )
 
@@ -433,7 +376,7 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
     """What prepared.json says: how the dataset was made."""
     prepared = {
         "source": "audio" if source.fbank else "kaldi",
-        "path": args.path,
+        "path": source.path,
         "fbank": source.fbank,
         "cmvn": args.cmvn,
         "norm_vars": args.norm_vars,
@@ -449,67 +392,76 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
     return prepared
 
 
-def write_lists(folder: str, lists: dict[str, list[str]], lengths: dict[str, int]) -> None:
-    """Write skipped.txt and the like where there is something to list, and lengths.pkl."""
-    for name, lines in lists.items():
-        if lines:
-            with atomic_write(os.path.join(folder, name)) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
-    with atomic_write(os.path.join(folder, "lengths.pkl")) as file:
-        pickle.dump({f"{name}.pt": length for name, length in lengths.items()}, file, protocol=4)
-
-
-def prepare(args: argparse.Namespace, folder: str) -> list[str]:
-    """Write the whole dataset into `folder` -> lines that sum it up."""
-    source = (open_kaldi if args.librispeech_from_audio is None else open_audio)(args)
-    announce(args, source)
-    cmvn = CMVN(args.cmvn, args.norm_vars, unbiased=args.as_s3prl)
-    written, stats, bad, notes = first_pass(source, folder, args, cmvn)
-    if not written:
-        raise UserError(f"{args.path}: every utterance was skipped; the first: {bad[0]}")
-    if args.cmvn in ("speaker", "global"):
-        second_pass(written, stats, source, folder, args, cmvn)
-    mel_dim = written[0].mel_dim
-    write_json(describe(args, source, mel_dim, stats), os.path.join(folder, "prepared.json"))
-    lengths = {name: length for one in written for name, length in one.lengths.items()}
-    lists = {"skipped.txt": bad, "truncated.txt": notes, "left_out.txt": source.ignored}
-    write_lists(folder, lists, lengths)
-
-    total = sum(one.num_frames for one in written)
+def summary(args, written, lengths, stats, lists) -> str:
+    total, mel_dim = sum(one.num_frames for one in written), written[0].mel_dim
     hours = total / 360000
     speakers = ""
     if args.cmvn == "speaker":
-        speakers = f"{len(stats)} speakers ({hours / len(stats):.3g} h each), "
+        speakers = f"{len(stats)} speakers ({hours / len(stats):.2g} h each), "
     lines = [
         f"{args.save_dir}: {len(lengths)} utterances, {speakers}{total} frames ({hours:.2f} h at "
         f"10 ms), mel_dim {mel_dim}; {total - sum(lengths.values())} frames beyond max_seq_len "
         "were cut"
     ]
-    for name, what in LISTS.items():
+    for name, what in [
+        ("skipped.txt", "skipped utterances"),
+        ("truncated.txt", "files that are shorter or longer than their header states"),
+        ("left_out.txt", "ignored files"),
+    ]:
         if lists[name]:
-            lines.append(f"{len(lists[name])} {what}: see {name}")
-    return lines
+            lines.append(f"{what}: {len(lists[name])}, listed in {name}")
+    return "\n".join(lines)
+
+
+def prepare(args: argparse.Namespace, folder: str) -> str:
+    """Write the whole dataset into `folder` -> a summary."""
+    source = (open_kaldi if args.librispeech_from_audio is None else open_audio)(args)
+    announce(args, source)
+    cmvn = CMVN(args.cmvn, args.norm_vars, unbiased=args.as_s3prl)
+    written, stats, bad, notes = first_pass(source, folder, args, cmvn)
+    if not written:
+        raise UserError(f"{source.path}: every utterance was skipped; the first: {bad[0]}")
+    if args.cmvn in ("speaker", "global"):
+        groups = [cmvn.group(one.utt_id, one.where, source.utt2spk) for one in written]
+        todo = [
+            (name, length, stats[group])
+            for one, group in zip(written, groups)
+            for name, length in one.lengths.items()
+        ]
+        second_pass(todo, folder, args.num_workers, cmvn)
+    prepared = describe(args, source, written[0].mel_dim, stats)
+    write_json(prepared, os.path.join(folder, "prepared.json"))
+    lists = {"skipped.txt": bad, "truncated.txt": notes, "left_out.txt": source.ignored}
+    for name, lines in lists.items():
+        if lines:
+            with atomic_write(os.path.join(folder, name)) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+    lengths = {f"{name}.pt": n for one in written for name, n in one.lengths.items()}
+    with atomic_write(os.path.join(folder, "lengths.pkl")) as file:
+        pickle.dump(lengths, file, protocol=4)
+    return summary(args, written, lengths, stats, lists)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     save_dir = os.path.realpath(args.save_dir)
     folder = f"{save_dir}.partial"
     os.makedirs(folder, exist_ok=True)
     lock = lock_folder(folder)
     try:
         check_save_dir(save_dir, args.overwrite)
-        remove_files(folder, but=".lock")  # what an interrupted run left
-        lines = prepare(args, folder)
+        remove_files(folder, but=".lock")  # an interrupted run left them
+        result = prepare(args, folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove_files(folder)
             os.rmdir(folder)
         if isinstance(error, BadUtterance):
-            raise UserError(f"{error} (or skip such utterances with --skip_bad)") from None
+            raise UserError(f"{error} (--skip_bad skips such utterances)") from None
         raise
     put_in_place(folder, save_dir, args.overwrite, lock)
-    print("\n".join(lines))
+    print(result)
 
 
 if __name__ == "__main__":

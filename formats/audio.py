@@ -238,11 +238,10 @@ def _check_folders(recordings, root, ways_out):
 
 
 def describe_speakers(speakers: Iterable[str]) -> str:
-    """The speaker of each utterance -> "40 speakers (1272, 1462, 1673, ...), 67.6 utterances each"."""
+    """The speaker of each utterance -> "40 (1272, 1462, 1673, ...), 67.6 utterances each"."""
     counts = Counter(speakers)
     names = [*sorted(counts)[:3], *(["..."] if len(counts) > 3 else [])]
-    number = f"{len(counts)} speaker{'s' if len(counts) > 1 else ''}"
-    return f"{number} ({', '.join(names)}), {counts.total() / len(counts):.3g} utterances each"
+    return f"{len(counts)} ({', '.join(names)}), {counts.total() / len(counts):.3g} utterances each"
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -253,27 +252,26 @@ def wav_sizes(path: str) -> tuple[int, int] | None:
 
     None if they agree, or if the file is no WAV.
     """
-    file_size = os.path.getsize(path)
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        if not re.match(rb"RIFF....WAVE", file.read(12), re.DOTALL):
             return None
-        while head[:4] != b"data":
-            head = file.read(8)
-            stated = int.from_bytes(head[4:], "little")
+        while (head := file.read(8))[:4] != b"data":
             if len(head) < 8:
                 return None
-            if head[:4] != b"data":
-                file.seek(stated + stated % 2, os.SEEK_CUR)  # chunks start at even bytes
-        start = file.tell()
-        held = file_size - start
-        if stated < held:
-            file.seek(stated + stated % 2, os.SEEK_CUR)
-            head = file.read(8)
-            rest = file_size - file.tell() - int.from_bytes(head[4:], "little")
-            if len(head) < 8 or rest >= 0 and head[:4].isascii() and head[:4].isprintable():
-                held = stated  # another chunk follows
-    return None if held == stated else (stated, held)
+            file.seek(_chunk_size(head), os.SEEK_CUR)
+        stated, held = int.from_bytes(head[4:], "little"), size - file.tell()
+        file.seek(_chunk_size(head), os.SEEK_CUR)
+        head = file.read(8)
+        is_chunk = re.match(rb"[ -~]{4}", head) and file.tell() + _chunk_size(head) <= size + 1
+        if stated == held or stated < held and (is_chunk or len(head) < 8):
+            return None
+    return stated, held
+
+
+def _chunk_size(head):
+    size = int.from_bytes(head[4:], "little")
+    return size + size % 2  # chunks start at even bytes
 
 
 def _open(path, notes):
@@ -293,7 +291,7 @@ def _open(path, notes):
     if file.frames == stated == 0:
         command = f"sox --ignore-length {shlex.quote(path)} OUT.wav"
         raise BadUtterance(f"{text}, as if written to a pipe: rewrite it with: {command}")
-    note = f"{text}: read as far as libsndfile does, {file.frames / file.samplerate:.2f} s"
+    note = f"{text}: {file.frames / file.samplerate:.2f} s were read"
     if notes is not None and note not in notes:
         notes.append(note)
     return file

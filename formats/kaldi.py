@@ -41,9 +41,14 @@ PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
 
 
 def quote(text: str | bytes) -> str:
-    """Text from a file, for a one-line message: short and printable."""
+    """Text from a file, for a one-line message: short, printable, in quotes."""
     text = (text if isinstance(text, str) else text.decode("utf-8", "replace")).strip()
     return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _name(utt_id: bytes) -> str:
+    """What messages call an utterance whose id may be anything."""
+    return f"utterance {quote(utt_id)[1:-1]}"
 
 
 def check_utt_id(utt_id: str, where: str) -> None:
@@ -243,7 +248,7 @@ def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Itera
         if end is None:
             last_line = number + block[start:].rstrip().count(b"\n") + 1
             raise UserError(
-                f"{name}:{last_line}: utterance {utt_id}: expected {end_mark!r} at the end of the "
+                f"{name}:{last_line}: {_name(words[0])}: expected {end_mark!r} at the end of the "
                 "utterance, found the end of the file: is it truncated?"
             )
         body = block[line_end + 1 : end.start()]
@@ -261,6 +266,7 @@ def _parse_utterance(utt_id, body, name, number, is_below):
     def place(row):
         return f"{name}:{number + is_below + row}: utterance {utt_id}"
 
+    check_utt_id(utt_id, f"{name}:{number}")
     body = body.rstrip()
     frames = _parse_fast(body)
     if frames is None:
@@ -343,7 +349,7 @@ def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
         while not head.endswith(b" ") and len(head) <= 256 and (byte := stream.read(1)):
             head += byte
         utt_id = os.fsdecode(head[:-1])
-        frames = read_matrix(stream, f"{where}: utterance {quote(head)}")
+        frames = read_matrix(stream, f"{where}: {_name(head)}")
         matrices.append((utt_id, where, partial(check_frames, utt_id, frames, where)))
         if stream.count - start >= BLOCK_SIZE:
             yield stream.count, partial(iter, matrices)
@@ -382,13 +388,13 @@ def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
         target = os.fsdecode(words[1].strip()) if len(words) == 2 else ""
         if target.endswith("|") or target.startswith("|"):
             raise UserError(
-                f"{where}: utterance {utt_id}: pipes are not supported, because they would execute "
+                f"{where}: {_name(words[0])}: pipes are not supported, because they would execute "
                 "a command: write an archive with copy-feats and read that"
             )
         found = re.fullmatch(r"(.*?[^\]])(?::(\d{1,18}))?(?:\[(\d{1,9}):(\d{1,9})\])?", target)
         if not found or "\0" in target:
             raise UserError(
-                f"{where}: utterance {quote(words[0])}: expected FILE, FILE:OFFSET or, for some "
+                f"{where}: {_name(words[0])}: expected FILE, FILE:OFFSET or, for some "
                 f"rows only, FILE:OFFSET[FIRST:LAST], found {quote(os.fsencode(target))}"
             )
         rows = found[3] and (int(found[3]), int(found[4]))
