@@ -241,7 +241,8 @@ def describe_speakers(speakers: Iterable[str]) -> str:
     """The speaker of each utterance -> "40 (1272, 1462, 1673, ...), 67.6 utterances each"."""
     counts = Counter(speakers)
     names = [*sorted(counts)[:3], *(["..."] if len(counts) > 3 else [])]
-    return f"{len(counts)} ({', '.join(names)}), {counts.total() / len(counts):.3g} utterances each"
+    names = ", ".join(names).encode("utf-8", "replace").decode()  # folders' names need not be text
+    return f"{len(counts)} ({names}), {counts.total() / len(counts):.3g} utterances each"
 
 
 # Decoding -----------------------------------------------------------------------------------------

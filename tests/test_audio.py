@@ -184,14 +184,12 @@ def test_a_wav_of_another_length_than_its_header_states_is_read_with_a_warning(
     ]
 
 
-def test_a_wav_with_other_chunks_after_the_samples_gives_no_warning(tmp_path):
-    for samples in (speech()[:1000], speech()[:1001].astype(np.int8)):  # the latter with a pad byte
-        path = write(
-            tmp_path / "a.wav", samples, subtype="PCM_U8" if samples.itemsize == 1 else None
-        )
-        content, notes = Path(path).read_bytes(), []
+def test_what_stands_behind_the_samples_of_a_wav_gives_no_warning(tmp_path):
+    for samples in (speech()[:1000], speech()[:1001]):  # the latter with a byte of padding
+        path, notes = Path(write(tmp_path / "a.wav", samples, subtype="PCM_U8")), []
+        content = path.read_bytes()
         for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO", bytes(5)):
-            Path(path).write_bytes(content + more)
+            path.write_bytes(content + more)
             assert len(read(path, notes=notes)) == len(samples)
         assert notes == []
 
@@ -258,9 +256,7 @@ def test_samples_out_of_range_are_rejected(tmp_path):
         rejected(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite")
     for subtype in ("FLOAT", "DOUBLE"):  # 16-bit values in a floating-point file
         path = write(tmp_path / "a.wav", speech().astype(np.float32), subtype=subtype)
-        rejected(
-            path, rf"floating-point samples up to {np.abs(speech()).max():g}, expected -1 to 1"
-        )
+        rejected(path, rf"samples up to {np.abs(speech()).max():g}, expected -1 to 1")
     loud = write(tmp_path / "a.wav", np.full(500, 1.5), subtype="FLOAT")  # an overshoot is none
     assert np.array_equal(read(loud), np.full(500, 49152, np.float32))
 
@@ -304,9 +300,7 @@ def test_find_audio_lists_a_tree_by_id_and_what_it_ignores(tmp_path):
 
 def test_ids_from_paths(tmp_path):
     touch(tmp_path, "id1/a/00001.wav", "id1/b/00001.wav", "id2/a/00001.wav", "00001.wav")
-    with pytest.raises(
-        UserError, match=r"00001\.wav and \S*00001\.wav: two .* with --ids_from_paths"
-    ):
+    with pytest.raises(UserError, match=r"00001\.wav and \S*00001\.wav: .*--ids_from_paths"):
         find_audio(tmp_path)
     found, _ = find_audio(tmp_path, ids_from_paths=True)
     ids = {recording.utt_id: recording.speaker for recording in found}
@@ -319,7 +313,7 @@ def test_ids_from_paths(tmp_path):
 def test_one_kind_of_file_by_pattern(tmp_path):
     """FLAC and WAV of one utterance, and VCTK's two microphones."""
     touch(tmp_path, "a/1.wav", "a/1.flac", "a/2_mic1.flac", "a/2_mic2.flac")
-    message = "two files with the utterance id 1: .*--pattern '\\*.flac'"
+    message = r"two files with the utterance id (a-)?1: .*--pattern '\*\.(flac|wav)'"
     for ids_from_paths in (False, True):
         with pytest.raises(UserError, match=message):
             find_audio(tmp_path, ids_from_paths=ids_from_paths)
@@ -348,9 +342,7 @@ def test_speakers_are_known_or_asked_for(tmp_path):
     with pytest.raises(UserError, match=message):
         speakers_of(find_audio(tmp_path)[0], tmp_path, ways_out="--this or --that")
     (tmp_path / "utt2spk").write_text("a x\nb y\n")
-    with pytest.raises(
-        UserError, match=r"c\.wav: the speaker of utterance c, .* not in \S*utt2spk"
-    ):
+    with pytest.raises(UserError, match=r"c\.wav: .* utterance c, .* not in \S*utt2spk"):
         speakers_of(find_audio(tmp_path)[0], tmp_path, tmp_path / "utt2spk")
 
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import Hostile
 
 from formats import kaldi
-from utils import BadUtterance, UserError
+from utils import UserError
 
 # The same utterances in every format --------------------------------------------------------------
 
