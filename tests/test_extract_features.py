@@ -352,7 +352,7 @@ def test_what_is_rejected_leaves_nothing(tmp_path, extract, folder, model):
         ((tmp_path / "bare.model", data, out), ["--residual", "--no_residual"]),
         (
             (checkpoint, data, out, "--layer", 4),
-            ["--layer 4", "last, all, mean, 0 (the prenet's output), 1, 2, 3,"],
+            ["--layer 4", "mean, 0 (the prenet's output), 1, 2, 3,"],
         ),
         ((checkpoint, data, out, "--device", device), [f"--device {device}"]),
         ((checkpoint, data, tmp_path / "occupied"), ["occupied"]),
@@ -627,16 +627,10 @@ def test_flags_on_audio_are_those_of_preparing(tmp_path, extract, features, reco
     for seed, name in enumerate(("anna", "ben")):
         sound = speech(0.5, seed, 48000)
         write_sound(stereo / name / "a.wav", np.stack([0 * sound, sound], axis=1), 48000)
+    of_stereo = ["--resample", "--channel", 1, "--ids_from_paths"]
     for source, speakers, *options in [
-        (recordings, "2 speakers (a, b), 2 utterances each, 0.0003", "--utt2spk", table),
-        (
-            stereo,
-            "2 speakers (anna, ben), 1 utterances",
-            "--resample",
-            "--channel",
-            1,
-            "--ids_from_paths",
-        ),
+        (recordings, "2 (a, b), 2 utterances each, 0.0003", "--utt2spk", table),
+        (stereo, "2 (anna, ben), 1 utterances each", *of_stereo),
     ]:
         uncut = prepare(source, tmp_path / f"{source.name}-uncut", *options)
         got = features(checkpoint, source, "--audio", *options)
