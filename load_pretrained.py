@@ -419,7 +419,10 @@ class FeatureExtractor:
         try:
             frames = np.concatenate([*blocks])
         except BadUtterance as error:
-            raise UserError(str(error).replace("--resample", "resample=True")) from None
+            text = str(error).replace(
+                "convert with --channel K, from 0", "pass one channel's samples"
+            )
+            raise UserError(text.replace("--resample", "resample=True")) from None
         if len(frames) > self.longest:
             check_length(self.model, name, len(frames))
             self.longest = len(frames)

@@ -668,6 +668,7 @@ def test_samples_from_python_are_never_misread(tmp_path, recordings, trained):
         ((np.stack([samples, samples]), 16000), "one channel"),
         ((write_sound(tmp_path / "a.wav", samples, 8000),), "8000 Hz.*resample=True"),
         (("nowhere.wav",), "nowhere.wav"),
+        ((write_sound(tmp_path / "b.wav", np.zeros((9000, 2))),), "pass one channel's samples"),
     ]:
         with pytest.raises((UserError, OSError), match=words):
             extractor(*bad)
