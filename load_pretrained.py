@@ -419,10 +419,9 @@ class FeatureExtractor:
         try:
             frames = np.concatenate([*blocks])
         except BadUtterance as error:
-            text = str(error).replace(
-                "convert with --channel K, from 0", "pass one channel's samples"
-            )
-            raise UserError(text.replace("--resample", "resample=True")) from None
+            text = str(error).replace("--resample", "resample=True")
+            text = text.replace("convert with --channel K, from 0", "pass one channel's samples")
+            raise UserError(text) from None
         if len(frames) > self.longest:
             check_length(self.model, name, len(frames))
             self.longest = len(frames)
@@ -488,6 +487,8 @@ def describe(model: APCModel) -> dict:
     if is_rnn:
         about["residual"] = "yes" if model.rnn_residual else "no"
         about["prenet"] = f"{len(model.prenet.layers)} layers" if model.prenet else "none"
+    if isinstance(model.postnet, QuantizedPostnet):
+        about["codes"] = f"{len(model.postnet.logits.bias)} (VQ-APC), for predictions only"
     about["mel_dim"] = model.mel_dim
     about["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     return about

@@ -335,14 +335,14 @@ def test_what_is_rejected_leaves_nothing(tmp_path, extract, folder, model):
     (tmp_path / "occupied").write_text("mine")
     (tmp_path / "splits" / "dev-clean" / "84").mkdir(parents=True)
     write_sound(tmp_path / "splits" / "dev-clean" / "84" / "84-1.wav", speech(0.5))
-    make_folder(tmp_path / "wide", FRAMES, MEL + 4)
+    make_folder(tmp_path / "larger", FRAMES, MEL + 4)
     write_folder(tmp_path / "spaced", [5], prefix="a\u00a0b")
     write_model(tmp_path / "80" / "foo.model", mel=80)
     device = "mps" if torch.cuda.is_available() else "cuda"
     rows = [
         ((tmp_path / "nowhere.model", data, out), ["nowhere.model"]),
         ((checkpoint, tmp_path / "no-data", out), ["no-data"]),
-        ((checkpoint, tmp_path / "wide", out), ["wide", f"is {MEL + 4}", f"reads {MEL}"]),
+        ((checkpoint, tmp_path / "larger", out), ["larger", f"is {MEL + 4}", f"reads {MEL}"]),
         ((checkpoint, tmp_path / "spaced", out, "--format", "ark"), ["a\\xa0b-000", "spaces"]),
         ((tmp_path / "bare.model", data, out), ["--residual", "--no_residual"]),
         (

@@ -91,7 +91,7 @@ def run_program(text, folder, *args):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_it_loads_beside_modules_of_our_names(tmp_path, when):
+def test_it_loads_next_to_modules_of_our_names(tmp_path, when):
     reference = save_model(tmp_path / "w.pt", residual=True)
     (tmp_path / "text.pt").write_text("no checkpoint")
     inputs, lengths = torch.randn(2, 9, reference.postnet.layer.out_channels), torch.tensor([9, 9])

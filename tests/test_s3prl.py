@@ -115,7 +115,7 @@ def s3prl_frames(samples, sound):
 
     high = sound["high_freq"] + (8000 if sound["high_freq"] <= 0 else 0)
     edges = torch.linspace(mel(sound["low_freq"]), mel(high), sound["feat_dim"] + 2)[:, None]
-    points = mel(torch.arange(size // 2) * 16000 / size)  # the last of the spectrum is left out
+    points = mel(torch.arange(size // 2) * 16000 / size)  # without the last of the spectrum
     rising = (points - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - points) / (edges[2:] - edges[1:-1])
     frames = spectrum[:, :-1] @ torch.minimum(rising, falling).clamp(min=0).T
