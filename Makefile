@@ -33,7 +33,7 @@ test: .venv/dev
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q
 
 bench: .venv/runtime
-	for stage in train_step busy epoch prepare_dump prepare_audio extract open_folder; do \
+	for stage in train_step busy prepare_dump prepare_audio extract; do \
 		$(BIN)/python benchmarks/$$stage.py || exit 1; done
 
 evidence: .venv/evidence
