@@ -320,7 +320,7 @@ def test_one_kind_of_file_by_pattern(tmp_path):
     for pattern, ids in [("*.wav", ["1"]), ("*_mic1.flac", ["2_mic1"]), ("a/2*1.*", ["2_mic1"])]:
         found, ignored = find_audio(tmp_path, pattern=pattern)
         assert [recording.utt_id for recording in found] == ids
-        assert count_left_out(ignored) == "3 does not match --pattern"
+        assert count_left_out(ignored) == "3 --pattern does not match"
 
 
 def test_names_with_spaces_and_accents_can_be_given_a_speaker(tmp_path, caplog):
@@ -355,6 +355,7 @@ def test_speakers_are_known_or_asked_for(tmp_path):
         (["clips/a.mp3", "clips/b.mp3"], "clips"),  # Common Voice
         (["podcast/P1/a.opus", "youtube/Y1/b.opus"], "podcast"),  # GigaSpeech
         (["TRAIN/DR1/FABC0/a.wav", "TEST/DR1/MABC0/b.wav"], "TEST"),  # TIMIT
+        (["DR1/FABC0/a.wav", "DR2/MABC0/b.wav"], "DR1"),
         (["corpus/1/1/a.wav", "corpus/2/1/b.wav"], "corpus"),
     ],
 )
