@@ -1,7 +1,7 @@
-# make demo: the whole way on the samples.     make test: lint and tests.
-# make bench: speed, in under ten minutes.     make evidence: what the features are good for, in an hour.
-# make pretrained: the model of pretrained/ anew, in half an hour.
-# Each needs Python 3.10 or newer: it makes .venv and installs what is missing. The last two fetch
+# make demo: the whole pipeline on the samples.   make test: lint and tests.
+# make bench: speed, in about ten minutes.         make evidence: what the features are good for.
+# make pretrained: train the model in pretrained/ again.
+# Each needs Python 3.10 or newer: it makes .venv and installs what is missing. The last two download
 # speech, and need Debian's apt-get and ffmpeg.
 
 PYTHON ?= python3
@@ -11,9 +11,9 @@ BIN = .venv/bin
 
 demo: .venv/runtime
 	rm -rf demo
-	$(BIN)/python prepare_data.py --librispeech_from_kaldi samples/train.blogmel.xz \
+	$(BIN)/python prepare_data.py --kaldi samples/train.blogmel.xz \
 		--save_dir demo/data/train-clean-360
-	$(BIN)/python prepare_data.py --librispeech_from_kaldi samples/dev.blogmel.xz \
+	$(BIN)/python prepare_data.py --kaldi samples/dev.blogmel.xz \
 		--save_dir demo/data/dev-clean
 	$(BIN)/python train.py --librispeech_path demo/data --store_path demo/logs \
 		--experiment_name demo --rnn_residual --time_shift 3 --rnn_hidden_size 256 \
@@ -33,7 +33,7 @@ test: .venv/dev
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q
 
 bench: .venv/runtime
-	for stage in train_step busy epoch prepare_dump prepare_audio extract open_folder; do \
+	for stage in train_step busy prepare_dump prepare_audio extract; do \
 		$(BIN)/python benchmarks/$$stage.py || exit 1; done
 
 evidence: .venv/evidence

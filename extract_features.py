@@ -101,9 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help=text)
     add = parser.add_argument_group("hardware").add_argument
     text = "utterances per batch, over all processes (default: 32)"
-    add("--batch_size", type=positive, default=32, help=text)
+    add("--batch_size", type=positive, default=32, metavar="N", help=text)
     text = "processes that load data (default: 2)"
-    add("--load_data_workers", type=not_negative, default=2, help=text)
+    add("--load_data_workers", type=not_negative, default=2, metavar="N", help=text)
     text = "device to compute on (default: auto)"
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=text)
     return parser
@@ -402,8 +402,11 @@ def announce(
 def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:
     """Add up every process' numbers; which also waits for all of them."""
     total = torch.tensor(numbers)
-    if world_size > 1:
-        dist.all_reduce(total)  # on the CPU: a GPU's barrier would keep it busy
+    try:
+        if world_size > 1:
+            dist.all_reduce(total)  # on the CPU: a GPU's barrier would keep it busy
+    except RuntimeError:
+        raise UserError("another process of this run failed: see its error") from None
     return total.tolist()
 
 

@@ -45,18 +45,18 @@ def empty_model():
 
 @contextlib.contextmanager
 def _our_modules():
-    """Let imports find our modules in this folder, which torch.hub has put first on sys.path."""
+    """Our modules by their names, while the caller's of the same names stand aside."""
     theirs = _take_modules()
-    sys.modules.update(vars(sys.modules.get(HUB, types.SimpleNamespace(ours={})))["ours"])
     try:
-        import load_pretrained  # noqa: F401
-
-        if HUB not in sys.modules:
-            _prepare_pickling()
+        if HUB in sys.modules:
+            sys.modules.update(sys.modules[HUB].ours)
+        else:
+            _import_ours()
         yield sys.modules
-        sys.modules[HUB].ours = _take_modules()
     finally:
-        _take_modules()
+        ours = _take_modules()
+        if HUB in sys.modules:
+            sys.modules[HUB].ours = ours
         sys.modules.update(theirs)
 
 
@@ -66,15 +66,20 @@ def _take_modules():
     return {name: sys.modules.pop(name) for name in names}
 
 
-def _prepare_pickling():
-    """Give pickle names by which it finds our classes, in this process and in others."""
-    load = functools.partial(torch.hub.load, os.path.dirname(__file__), source="local")
-    hub = sys.modules[HUB] = types.ModuleType(HUB)
-    for module in (sys.modules["apc_model"], sys.modules["formats.s3prl"]):
+def _import_ours():
+    """Import our modules from this folder, which torch.hub has put first on sys.path, and let
+    pickle find their classes, in this process and in others."""
+    import apc_model
+    import load_pretrained
+
+    hub = types.ModuleType(HUB)
+    for module in (apc_model, sys.modules["formats.s3prl"]):
         for name, value in vars(module).items():
             if getattr(value, "__module__", None) == module.__name__:
                 value.__module__ = HUB
                 setattr(hub, name, value)
-    model, extractor = hub.APCModel, sys.modules["load_pretrained"].FeatureExtractor
-    model.__reduce__ = lambda self: (load, ("empty_model",), self.__dict__)
+    load = functools.partial(torch.hub.load, os.path.dirname(__file__), source="local")
+    apc_model.APCModel.__reduce__ = lambda self: (load, ("empty_model",), self.__dict__)
+    extractor = load_pretrained.FeatureExtractor
     extractor.__reduce__ = lambda self: (load, ("apc_features", *self.arguments))
+    sys.modules[HUB] = hub

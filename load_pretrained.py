@@ -385,7 +385,7 @@ class FeatureExtractor:
         from formats import audio  # which needs packages that loading a model does not
 
         self.arguments = (path, layer, device, residual, resample)
-        self.audio, self.resample = audio, resample
+        self.audio, self.resample, self.longest = audio, resample, 0
         self.model, config = load_with_config(path, device, residual)
         self.layers = parse_layer(str(layer), self.model)
         self.fbank, self.cmvn, self.stats = frame_settings(training_data(config, path))
@@ -419,8 +419,12 @@ class FeatureExtractor:
         try:
             frames = np.concatenate([*blocks])
         except BadUtterance as error:
-            raise UserError(str(error).replace("--resample", "resample=True")) from None
-        check_length(self.model, name, len(frames))
+            text = str(error).replace("--resample", "resample=True")
+            text = text.replace("convert with --channel K, from 0", "pass one channel's samples")
+            raise UserError(text) from None
+        if len(frames) > self.longest:
+            check_length(self.model, name, len(frames))
+            self.longest = len(frames)
         stats = cmvn_stats(frames) if self.stats is None else self.stats
         frames = torch.from_numpy(self.cmvn.apply(frames, stats))
         return features_of(self.model, frames.split(4096), len(frames), self.layers)
@@ -442,7 +446,7 @@ class FeatureExtractor:
         samples = samples.astype(np.float32)
         if rate == expected:
             return samples
-        return np.concatenate([*self.audio._resample([samples], rate, expected)])
+        return np.concatenate([*self.audio.resample_blocks([samples], rate, expected)])
 
 
 # The script ---------------------------------------------------------------------------------------
@@ -468,7 +472,7 @@ def add_residual_flags(group: argparse._ActionsContainer) -> None:
     """--residual and --no_residual, for models that do not say."""
     add = group.add_mutually_exclusive_group().add_argument
     default = "what the file, its config.json or its name says"
-    yes, no = f"the model has residual connections (default: {default})", "the model has none"
+    yes, no = f"assume residual connections (default: {default})", "assume none"
     add("--residual", action="store_true", default=None, help=yes)
     add("--no_residual", dest="residual", action="store_false", help=no)
 
@@ -483,6 +487,8 @@ def describe(model: APCModel) -> dict:
     if is_rnn:
         about["residual"] = "yes" if model.rnn_residual else "no"
         about["prenet"] = f"{len(model.prenet.layers)} layers" if model.prenet else "none"
+    if isinstance(model.postnet, QuantizedPostnet):
+        about["codes"] = f"{len(model.postnet.logits.bias)} (VQ-APC), for predictions only"
     about["mel_dim"] = model.mel_dim
     about["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     return about

@@ -403,10 +403,11 @@ def summary(args, written, lengths, stats, lists) -> str:
         f"10 ms), mel_dim {mel_dim}; {total - sum(lengths.values())} frames beyond max_seq_len "
         "were cut"
     ]
+    ignored = audio.count_left_out(lists["left_out.txt"])
     for name, what in [
         ("skipped.txt", "skipped utterances"),
         ("truncated.txt", "files that are shorter or longer than their header states"),
-        ("left_out.txt", "ignored files"),
+        ("left_out.txt", f"ignored files ({ignored})"),
     ]:
         if lists[name]:
             lines.append(f"{what}: {len(lists[name])}, listed in {name}")

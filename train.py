@@ -40,6 +40,7 @@ from datasets import (
     read_batches,
     warn_of_other_data,
 )
+from formats.s3prl import QuantizedPostnet
 from load_pretrained import load_with_config, model_flags, summary, training_data
 from utils import (
     SIGNALS,
@@ -246,6 +247,8 @@ def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpee
     """Start from --init_checkpoint; UserError if the flags describe another model."""
     path = args.init_checkpoint
     loaded, config = load_with_config(path, unknown_residual=args.rnn_residual)
+    if isinstance(loaded.postnet, QuantizedPostnet):
+        raise UserError(f"{path}: training a quantised model (VQ-APC) is not supported")
     for flag, value in model_flags(loaded).items():
         if getattr(args, flag) != value:
             found = f"--{flag} is {getattr(args, flag)}, but the file's is {value}"

@@ -20,11 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from apc_model import APCModel, apc_loss
-from utils import RNNConfig, num_cores
+from utils import RNNConfig, num_cores, set_numerics
 
 
 def start(device="cpu", precision="float32"):
-    """Print the line that names the machine, and the head of the table."""
+    """Print a line that names the machine, and the head of the table."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -33,7 +33,7 @@ def start(device="cpu", precision="float32"):
         name += f" (family {info.get('cpu family')}, model {info.get('model')})"
     kind = torch.backends.cpu.get_cpu_capability()
     amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
-    torch.backends.fp32_precision = "ieee"  # as train.py without --tf32
+    set_numerics()
     gpu = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "none"
     print(
         f"machine: {name}, {kind}{amx}, {num_cores()} cores, {torch.get_num_threads()} threads, "
@@ -126,15 +126,22 @@ def librispeech_lengths(count):
     return np.where(random.random(count) < 0.3, short, usual).clip(150, 2400).astype(int)
 
 
-def build_model(device, hidden=HIDDEN, layers=LAYERS):
+def build_model(device, rnn_type="gru"):
     torch.manual_seed(0)
-    return APCModel(MEL_DIM, None, RNNConfig(MEL_DIM, hidden, layers, 0.0, True)).to(device)
+    is_transformer = rnn_type == "transformer"
+    layers = 4 if is_transformer else LAYERS
+    config = RNNConfig(MEL_DIM, HIDDEN, layers, 0.0, not is_transformer, rnn_type)
+    return APCModel(MEL_DIM, None, config).to(device)
 
 
-def flop_per_frame(training, hidden=HIDDEN, layers=LAYERS):
-    """Of the matrix products alone: 2 for each weight; training adds both gradients' products."""
-    first = 2 * 3 * hidden * MEL_DIM  # of the first layer's inputs, which need no gradient
-    forward = first + 2 * 3 * hidden * hidden * (2 * layers - 1) + 2 * hidden * MEL_DIM
+def flop_per_frame(model, training, num_frames=0):
+    """FLOP of the matrix multiplications per frame: 2 per weight, and of the attention to half of
+    `num_frames` on average; training adds both gradients' (the inputs need none)."""
+    matrices = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    first = 2 * next(iter(matrices.values())).numel()
+    forward = 2 * sum(weight.numel() for weight in matrices.values())
+    if model.rnn_type == "transformer":
+        forward += model.num_layers * 2 * 2 * model.hidden_size * num_frames / 2
     return 3 * forward - first if training else forward
 
 
@@ -142,10 +149,9 @@ def bare_step(model, optimizer, inputs, lengths, seq_len, time_shift=1):
     """What a training step cannot do without."""
     n = time_shift
     optimizer.zero_grad()
-    predicted_mel, _ = model(inputs[:, :-n], lengths - n)
-    bias = model.postnet.layer.bias
-    real, padding = apc_loss(predicted_mel, inputs, lengths, n, seq_len, bias)
-    ((real + padding) / (len(lengths) * (seq_len - n))).backward()
+    predicted_mel, _ = model(inputs[:, :-n], lengths - n, need_reps=False)
+    sums = apc_loss(predicted_mel, inputs, lengths, n, seq_len, model.postnet.layer.bias)
+    sums.means(n, seq_len).with_padding.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 

@@ -63,10 +63,10 @@ def main():
         )
     rate = max(rate, common.matmul_rate(device))
     speed = lengths.sum() / seconds
-    share = speed * common.flop_per_frame(training=False) / rate
+    part = speed * common.flop_per_frame(common.build_model("cpu"), training=False) / rate
     absolute = f"{speed:.0f} frames/s, {seconds:.1f} s, {memory / 1e6:.0f} MB"
     absolute += f"; products {rate / 1e9:.0f} GFLOP/s"
-    common.row("extraction, whole process", "float32 matrix products", f"{share:.2f}", absolute)
+    common.row("extraction, whole process", "float32 matrix products", f"{part:.2f}", absolute)
 
     torch.set_num_threads(1)
     with torch.inference_mode():

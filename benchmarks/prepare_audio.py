@@ -90,7 +90,7 @@ def main():
                 alone.append(common.clock(partial(pool.map, part_alone, chunks, 1)))
                 save_dir = os.path.join(folder, f"tensors{i}")
                 flags = ["--librispeech_from_audio", source, "--save_dir", save_dir, "--resample"]
-                os.sync()  # prepare_data.py syncs at its end, and must not wait for others' bytes
+                os.sync()  # neither side must wait for others' bytes
                 with common.quiet():
                     ours.append(common.clock(partial(prepare_data.main, flags)))
     hours = args.utterances * SECONDS / 3600

@@ -60,7 +60,6 @@ def line_by_line(path, save_dir):
                 utt_id, frames = words[0], []
             else:
                 frames.append([float(word) for word in words])
-    os.sync()  # as prepare_data.py ends, too
 
 
 def main():

@@ -4,19 +4,18 @@
     python benchmarks/train_step.py --full      # the textbook step at 800 frames too: two minutes
 
 A step is forward, loss, backward, clipping and Adam: batch 32, 3 GRU layers of 512 with residual
-connections, 80 bins. Times are the best of --rounds rounds, each of which takes every length (and
-the matrix products) in turn.
+connections, 80 bins; and 4 Transformer blocks of 512. Times are the best of --rounds rounds, each
+of which takes every length (and the matrix products) in turn.
 """
 
 import argparse
-import resource
 from functools import partial
 
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import common
-from utils import choose_device
+from utils import choose_device, set_numerics
 
 
 def build_parser():
@@ -36,7 +35,7 @@ def build_parser():
 
 def packed_step(model, optimizer, inputs, lengths, seq_len):
     """The same step as the release of 2019 did it: every layer on packed sequences."""
-    targets, lengths = inputs[:, 1:], (lengths - 1).cpu()
+    targets, lengths = inputs[:, 1:], lengths - 1
     optimizer.zero_grad()
     packed = pack_padded_sequence(inputs[:, :-1], lengths, batch_first=True)
     reps = []
@@ -52,41 +51,31 @@ def packed_step(model, optimizer, inputs, lengths, seq_len):
     optimizer.step()
 
 
-def page_faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
 def main():
     args = build_parser().parse_args()
     device = choose_device(args.device)
     model = common.build_model(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
-    def seconds_of(function, T, dtype=None):
+    def seconds_of(function, T, dtype=None, model=model, optimizer=optimizer):
         inputs = torch.randn(args.batch_size, T, common.MEL_DIM, device=device)
-        lengths = torch.full((args.batch_size,), T, device=device)
+        lengths = torch.full((args.batch_size,), T)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             step = partial(function, model, optimizer, inputs, lengths, T)
             return common.clock(step, device)
 
     if args.packed:
-        torch.backends.fp32_precision = "ieee"
+        set_numerics()
         print(min(seconds_of(packed_step, args.packed) for _ in range(2)))
         return
     common.start(device)
-    # First of all, on fresh memory.
-    first, faults = [], [page_faults()]
-    for _ in range(6):
-        first.append(seconds_of(common.bare_step, 400))
-        faults.append(page_faults() - sum(faults))
-    later = min(first[3:])
-    for i in range(2):
-        absolute = f"{first[i]:.2f} s, {faults[i + 1]} page faults"
-        common.row(
-            f"step {i + 1} of a process", "steps 4 to 6", f"{first[i] / later:.2f}", absolute
-        )
-
+    transformer = common.build_model(device, "transformer")
+    others = {
+        "model": transformer,
+        "optimizer": torch.optim.Adam(transformer.parameters(), lr=1e-4, fused=True),
+    }
     seconds, half = {T: [] for T in sorted({400, *args.frames})}, []
+    transformer_seconds = {T: [] for T in seconds}
     rate, half_rate = 0, 0
     # Emulated, a large product in bfloat16 takes a minute.
     has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -96,14 +85,19 @@ def main():
             half_rate = max(half_rate, common.matmul_rate(device, torch.bfloat16))
         for T in seconds:
             seconds[T].append(seconds_of(common.bare_step, T))
+            transformer_seconds[T].append(seconds_of(common.bare_step, T, **others))
         if has_bf16:
             half += [seconds_of(common.bare_step, 400, torch.bfloat16) for _ in range(2)]
     best = {T: min(times) for T, times in seconds.items()}
-    for T, time in best.items():
-        speed = args.batch_size * T / time
-        share = speed * common.flop_per_frame(training=True) / rate
-        absolute = f"{speed:.0f} frames/s; products {rate / 1e9:.0f} GFLOP/s"
-        common.row(f"step, T = {T}", "float32 matrix products", f"{share:.2f}", absolute)
+    for name, net, times in (
+        ("step", model, best),
+        ("T-APC step", transformer, {T: min(times) for T, times in transformer_seconds.items()}),
+    ):
+        for T, time in times.items():
+            speed = args.batch_size * T / time
+            part = speed * common.flop_per_frame(net, training=True, num_frames=T) / rate
+            absolute = f"{speed:.0f} frames/s; products {rate / 1e9:.0f} GFLOP/s"
+            common.row(f"{name}, T = {T}", "float32 matrix products", f"{part:.2f}", absolute)
     for T, time in best.items():
         if T / 2 in best:
             growth = time / best[T / 2]

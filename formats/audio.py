@@ -33,7 +33,7 @@ AUDIO_EXTENSIONS = frozenset(f"{DECODED} {UNKNOWN}".split())
 # Folders that corpora have above those of their speakers: parts, or kinds of files.
 NO_SPEAKER = re.compile(
     r"(train|dev|test|valid|validation|validated|eval)([-_](clean|other|all|sub|\d+))*"
-    r"|audio|wavs?|wav48\w*|flac|mp3|clips|podcast|youtube|audiobook",
+    r"|audio|wavs?|wav48\w*|flac|mp3|clips|podcast|youtube|audiobook|dr\d",
     re.IGNORECASE,
 )
 BLOCK_SIZE = 1 << 20  # samples at a time
@@ -94,12 +94,12 @@ def find_audio(
     """List a folder's audio files, a Kaldi data directory's utterances, or one file.
 
     Links to folders are followed. A speaker is the first folder below the root, or what utt2spk
-    says in a data directory (a folder with wav.scp).
+    says in a data directory (a folder with wav.scp). An id is a file's name without extension, with
+    "_" for spaces.
 
     Args:
         root: the folder or file.
-        ids_from_paths: make ids of the paths below root, joined with "-", instead of the files'
-            names; without extensions in both cases, spaces replaced by "_", in Unicode's NFC.
+        ids_from_paths: make ids of the paths below root, joined with "-".
         pattern: take only files whose path below root matches, as fnmatch does.
         bad: for messages on what cannot be used, which is skipped; None: raise them.
 
@@ -122,16 +122,8 @@ def find_audio(
     if not os.path.exists(root):
         raise UserError(f"{root}: no such file or folder")
     ignored, found, num_renamed = [], {}, 0
-    for path in _walk(root, ignored, bad) if os.path.isdir(root) else [root]:
-        below = os.path.basename(path) if path == root else os.path.relpath(path, root)
-        parts = below.split(os.sep)
-        name, extension = os.path.splitext("-".join(parts) if ids_from_paths else parts[-1])
-        if extension.lower() not in AUDIO_EXTENSIONS:
-            ignored.append(f"{path}: {extension or 'no extension'}")
-            continue
-        if pattern and not fnmatch.fnmatchcase("/".join(parts), pattern):
-            ignored.append(f"{path}: does not match --pattern")
-            continue
+    for path, parts in _audio_files(root, pattern, ignored, bad):
+        name = os.path.splitext("-".join(parts) if ids_from_paths else parts[-1])[0]
         utt_id = re.sub(r"\s", "_", unicodedata.normalize("NFC", name))
         num_renamed += " " in name
         with kaldi.collect(bad):
@@ -147,6 +139,20 @@ def find_audio(
             f"{f' (ignored: {count_left_out(ignored)})' if ignored else ''}"
         )
     return sorted(found.values()), ignored
+
+
+def _audio_files(root, pattern, ignored, bad):
+    """Yield the path of each audio file, and the parts of its path below root."""
+    for path in _walk(root, ignored, bad) if os.path.isdir(root) else [root]:
+        below = os.path.basename(path) if path == root else os.path.relpath(path, root)
+        parts = below.split(os.sep)
+        extension = os.path.splitext(path)[1]
+        if extension.lower() not in AUDIO_EXTENSIONS:
+            ignored.append(f"{path}: {extension or 'no extension'}")
+        elif pattern and not fnmatch.fnmatchcase("/".join(parts), pattern):
+            ignored.append(f"{path}: --pattern does not match")
+        else:
+            yield path, parts
 
 
 def _walk(folder, ignored, bad, above=()):
@@ -241,7 +247,8 @@ def describe_speakers(speakers: Iterable[str]) -> str:
     """The speaker of each utterance -> "40 (1272, 1462, 1673, ...), 67.6 utterances each"."""
     counts = Counter(speakers)
     names = [*sorted(counts)[:3], *(["..."] if len(counts) > 3 else [])]
-    return f"{len(counts)} ({', '.join(names)}), {counts.total() / len(counts):.3g} utterances each"
+    names = ", ".join(names).encode("utf-8", "replace").decode()  # folders' names need not be text
+    return f"{len(counts)} ({names}), {counts.total() / len(counts):.3g} utterances each"
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -327,22 +334,12 @@ def read_blocks(
     try:
         file = files.get(path)
         is_past = file is not None and file.tell() > int(recording.start * file.samplerate)
-        if file is None or file.format == "MP3" and is_past:  # it is only read forward
+        if file is None or file.format == "MP3" and is_past:  # which is only read forward
             file = files[path] = _open(path, notes)
         channel = recording.channel if recording.channel is not None else channel
-        channel = 0 if channel is None and file.channels == 1 else channel
-        problems = {}  # by the flag that helps
-        if file.samplerate != sample_rate and not resample:
-            found = f"its sampling rate is {file.samplerate} Hz, expected {sample_rate:g} Hz"
-            problems["--resample"] = found
-        if channel is None:
-            problems["--channel K, from 0"] = f"it has {file.channels} channels, expected 1"
-        if problems:
-            found, flags = "; ".join(problems.values()), " and ".join(problems)
-            raise BadUtterance(f"{recording.where()}: {found}: convert with {flags}")
-        blocks = _decode(file, recording, channel)
+        blocks = _decode(file, recording, _check(file, recording, sample_rate, resample, channel))
         if file.samplerate != sample_rate:
-            blocks = _resample(blocks, file.samplerate, sample_rate)
+            blocks = resample_blocks(blocks, file.samplerate, sample_rate)
         yield from blocks
     except soundfile.SoundFileError as error:
         raise BadUtterance(f"{path}: {_why_undecodable(path, error)}") from None
@@ -351,11 +348,27 @@ def read_blocks(
         raise BadUtterance(f"{path}: {error.strerror or error}{hint}") from None
 
 
+def _check(file, recording, sample_rate, resample, channel):
+    """Check an open SoundFile's sampling rate and channels -> the channel to read."""
+    where, problems = recording.where(), {}  # by the flag that helps
+    channel = 0 if channel is None and file.channels == 1 else channel
+    if file.samplerate != sample_rate and not resample:
+        found = f"its sampling rate is {file.samplerate} Hz, expected {sample_rate:g} Hz"
+        problems["--resample"] = found
+    if channel is None:
+        problems["--channel K, from 0"] = f"it has {file.channels} channels, expected 1"
+    if problems:
+        found, flags = "; ".join(problems.values()), " and ".join(problems)
+        raise BadUtterance(f"{where}: {found}: convert with {flags}")
+    if channel >= file.channels:
+        raise BadUtterance(f"{where}: no channel {channel}: it has {file.channels} (from 0)")
+    return channel
+
+
 def _decode(file, recording, channel):
     """An open SoundFile -> blocks of one channel's samples, in 16-bit range."""
     where, rate, end = recording.where(), file.samplerate, file.frames
-    if channel >= file.channels:
-        raise BadUtterance(f"{where}: no channel {channel}: it has {file.channels} (from 0)")
+    is_float = file.subtype in ("FLOAT", "DOUBLE")
     start = done = int(recording.start * rate)
     if recording.end is not None:  # as Kaldi's extract-segments, which allows for rounding too
         end = int(recording.end * rate)
@@ -377,8 +390,7 @@ def _decode(file, recording, channel):
             samples = samples * np.float32(FULL_SCALE)
         if not np.isfinite(samples).all():
             raise BadUtterance(f"{where}: it holds samples that are NaN or infinite")
-        loudest = np.abs(samples).max(initial=0) / FULL_SCALE
-        if file.subtype in ("FLOAT", "DOUBLE") and loudest > LOUDEST:
+        if is_float and (loudest := np.abs(samples).max(initial=0) / FULL_SCALE) > LOUDEST:
             raise BadUtterance(
                 f"{where}: it holds floating-point samples up to {loudest:g}, expected -1 to 1: "
                 "rewrite it as 16-bit integers, or divided by 32768"
@@ -411,7 +423,7 @@ def _why_undecodable(path, error):
     )
 
 
-def _resample(blocks, rate, target):
+def resample_blocks(blocks, rate, target):
     """Samples in blocks, at `rate` Hz -> the same at `target` Hz."""
     try:
         import soxr

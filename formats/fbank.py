@@ -101,15 +101,12 @@ def fbank_blocks(
 ) -> Iterator[np.ndarray]:
     """Log-Mel energies of one utterance, block by block, in memory that does not grow with it.
 
-    Dither is Gaussian noise that is added to the waveform, seeded by the utterance's id, so that
-    features depend neither on the order of utterances nor on the process that computes them. (Kaldi
-    adds it to each window by itself, so that overlapping windows get independent noise.)
-
     Args:
         blocks: its samples, float32 (samples,) each, in 16-bit range, as audio.read_blocks gives.
         settings: fbank_settings().
-        name: what error messages call the utterance: its file, say.
-        utt_id: the utterance's id, the seed of its dither.
+        name: what error messages call it: its file, say.
+        utt_id: the seed of its dither, so that this repeats in any order and process. Dither is
+            added to the waveform here; Kaldi adds it to each of the overlapping windows by itself.
 
     Yields:
         float32 (frames, num_mel_bins), natural logarithm; T frames in all,
@@ -184,6 +181,9 @@ class CMVN:
     kind: str  # one of CMVN_KINDS
     norm_vars: bool = False  # divide by the standard deviation too, as Kaldi's --norm-vars
     unbiased: bool = False  # estimate the variance with T - 1, as torch.std and so s3prl does
+
+    def __str__(self):
+        return f"{self.kind}{' with the variance' * self.norm_vars}{' (unbiased)' * self.unbiased}"
 
     @classmethod
     def from_prepared(cls, prepared: dict) -> "CMVN":

@@ -184,14 +184,12 @@ def test_a_wav_of_another_length_than_its_header_states_is_read_with_a_warning(
     ]
 
 
-def test_a_wav_with_other_chunks_after_the_samples_gives_no_warning(tmp_path):
-    for samples in (speech()[:1000], speech()[:1001].astype(np.int8)):  # the latter with a pad byte
-        path = write(
-            tmp_path / "a.wav", samples, subtype="PCM_U8" if samples.itemsize == 1 else None
-        )
-        content, notes = Path(path).read_bytes(), []
+def test_what_stands_behind_the_samples_of_a_wav_gives_no_warning(tmp_path):
+    for samples in (speech()[:1000], speech()[:1001]):  # the latter with a byte of padding
+        path, notes = Path(write(tmp_path / "a.wav", samples, subtype="PCM_U8")), []
+        content = path.read_bytes()
         for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO", bytes(5)):
-            Path(path).write_bytes(content + more)
+            path.write_bytes(content + more)
             assert len(read(path, notes=notes)) == len(samples)
         assert notes == []
 
@@ -258,9 +256,7 @@ def test_samples_out_of_range_are_rejected(tmp_path):
         rejected(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite")
     for subtype in ("FLOAT", "DOUBLE"):  # 16-bit values in a floating-point file
         path = write(tmp_path / "a.wav", speech().astype(np.float32), subtype=subtype)
-        rejected(
-            path, rf"floating-point samples up to {np.abs(speech()).max():g}, expected -1 to 1"
-        )
+        rejected(path, rf"samples up to {np.abs(speech()).max():g}, expected -1 to 1")
     loud = write(tmp_path / "a.wav", np.full(500, 1.5), subtype="FLOAT")  # an overshoot is none
     assert np.array_equal(read(loud), np.full(500, 49152, np.float32))
 
@@ -304,9 +300,7 @@ def test_find_audio_lists_a_tree_by_id_and_what_it_ignores(tmp_path):
 
 def test_ids_from_paths(tmp_path):
     touch(tmp_path, "id1/a/00001.wav", "id1/b/00001.wav", "id2/a/00001.wav", "00001.wav")
-    with pytest.raises(
-        UserError, match=r"00001\.wav and \S*00001\.wav: two .* with --ids_from_paths"
-    ):
+    with pytest.raises(UserError, match=r"00001\.wav and \S*00001\.wav: .*--ids_from_paths"):
         find_audio(tmp_path)
     found, _ = find_audio(tmp_path, ids_from_paths=True)
     ids = {recording.utt_id: recording.speaker for recording in found}
@@ -319,14 +313,14 @@ def test_ids_from_paths(tmp_path):
 def test_one_kind_of_file_by_pattern(tmp_path):
     """FLAC and WAV of one utterance, and VCTK's two microphones."""
     touch(tmp_path, "a/1.wav", "a/1.flac", "a/2_mic1.flac", "a/2_mic2.flac")
-    message = "two files with the utterance id 1: .*--pattern '\\*.flac'"
+    message = r"two files with the utterance id (a-)?1: .*--pattern '\*\.(flac|wav)'"
     for ids_from_paths in (False, True):
         with pytest.raises(UserError, match=message):
             find_audio(tmp_path, ids_from_paths=ids_from_paths)
     for pattern, ids in [("*.wav", ["1"]), ("*_mic1.flac", ["2_mic1"]), ("a/2*1.*", ["2_mic1"])]:
         found, ignored = find_audio(tmp_path, pattern=pattern)
         assert [recording.utt_id for recording in found] == ids
-        assert count_left_out(ignored) == "3 does not match --pattern"
+        assert count_left_out(ignored) == "3 --pattern does not match"
 
 
 def test_names_with_spaces_and_accents_can_be_given_a_speaker(tmp_path, caplog):
@@ -348,9 +342,7 @@ def test_speakers_are_known_or_asked_for(tmp_path):
     with pytest.raises(UserError, match=message):
         speakers_of(find_audio(tmp_path)[0], tmp_path, ways_out="--this or --that")
     (tmp_path / "utt2spk").write_text("a x\nb y\n")
-    with pytest.raises(
-        UserError, match=r"c\.wav: the speaker of utterance c, .* not in \S*utt2spk"
-    ):
+    with pytest.raises(UserError, match=r"c\.wav: .* utterance c, .* not in \S*utt2spk"):
         speakers_of(find_audio(tmp_path)[0], tmp_path, tmp_path / "utt2spk")
 
 
@@ -363,6 +355,7 @@ def test_speakers_are_known_or_asked_for(tmp_path):
         (["clips/a.mp3", "clips/b.mp3"], "clips"),  # Common Voice
         (["podcast/P1/a.opus", "youtube/Y1/b.opus"], "podcast"),  # GigaSpeech
         (["TRAIN/DR1/FABC0/a.wav", "TEST/DR1/MABC0/b.wav"], "TEST"),  # TIMIT
+        (["DR1/FABC0/a.wav", "DR2/MABC0/b.wav"], "DR1"),
         (["corpus/1/1/a.wav", "corpus/2/1/b.wav"], "corpus"),
     ],
 )
@@ -471,14 +464,14 @@ def test_bad_segments_may_be_skipped(tmp_path):
     bad = []
     found, _ = find_audio(tmp_path, bad=bad)
     assert [recording.utt_id for recording in found] == ["c"]
-    assert len(bad) == 3 and "start < end, in seconds, found '1 0'" in bad[1]
+    assert len(bad) == 3 and "expected 0 <= start < end, " in bad[1]
 
 
 @pytest.mark.parametrize(
     "name, line, reason",
     [
-        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes are not supp"),
-        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: audio in archives is not"),
+        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes, .*not supp"),
+        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: .*archives .*not supp"),
         ("wav.scp", "alone", r"wav\.scp:2: expected a recording and its file, found 'alone'"),
         ("segments", "a r 0 1", r"segments:1: utterance a: r is not in wav\.scp"),
         ("segments", "a rec 1 0", r"segments:1: utterance a: expected 0 <= start < end"),
@@ -486,7 +479,7 @@ def test_bad_segments_may_be_skipped(tmp_path):
         ("segments", "../a rec 0 1", r"segments:1: utterance id"),
         ("segments", "a rec 0", r"segments:1: expected an utterance and a recording and its st"),
         ("segments", "a rec 0 1\na rec 1 2", r"segments:2: a has .*segments:1"),
-        ("segments", "a rec 0 1 A", r"segments:1: utterance a: expected a channel, from 0"),
+        ("segments", "a rec 0 1 A", r"segments:1: utterance a: .* a channel, from 0, found"),
         ("reco2file_and_channel", "rec f 0", r"channel:1: expected a channel A, B, .*found '0'"),
         ("utt2spk", "a s\na t", r"utt2spk:2: a has 't' here, and 's' in \S*utt2spk:1"),
     ],

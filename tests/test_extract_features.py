@@ -1,4 +1,4 @@
-"""extract_features.py: what it writes is what the model says of each utterance alone.
+"""extract_features.py: what it writes is what the model computes of each utterance by itself.
 
 In every format, after every kill, from several processes; and of audio what preparing it gives.
 """
@@ -11,24 +11,28 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from functools import partial
 
 import kaldiio
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import make_folder, speech
-from processes import error_line, snapshot
+from conftest import ROOT, error_line, make_folder, run_script, speech
 from reference import PackedAPC
+from test_load_pretrained import save_transformer, snapshot
 
 import extract_features
+import load_pretrained
 import prepare_data
 from apc_model import APCModel
-from extract_features import choose_layers
 from formats import audio
 from formats.fbank import CMVN_KINDS, fbank_settings
 from formats.fbank import fbank as compute_fbank
-from utils import UserError, lock_folder
+from load_pretrained import FeatureExtractor, choose_layers, parse_layer
+from utils import PrenetConfig, RNNConfig, UserError, lock_folder
 
 SCRIPT = "extract_features.py"
 MEL, HIDDEN, SEQ_LEN = 7, 16, 25
@@ -39,7 +43,7 @@ FRAMES = [25, 1, 13, 24, 2, 13, 8]
 
 
 def flags(checkpoint, source, save_dir, *options):
-    """The source is a prepared folder, or audio where "--audio" is among the options."""
+    """The source is a prepared dataset, or audio where "--audio" is among the options."""
     kind = "--audio" if "--audio" in options else "--data_dir"
     argv = ["--checkpoint", checkpoint, kind, source, "--save_dir", save_dir, "--device", "cpu"]
     argv += ["--batch_size", 1, "--load_data_workers", 0]
@@ -48,7 +52,7 @@ def flags(checkpoint, source, save_dir, *options):
 
 @pytest.fixture
 def extract(call_main, monkeypatch):
-    """Run the script in this process, which then reads audio alone."""
+    """Run the script in this process, which then reads audio without others."""
     monkeypatch.setattr(extract_features, "num_cores", lambda: 1)
     return lambda *args: call_main(extract_features, *flags(*args))
 
@@ -71,7 +75,7 @@ def succeeded(result):
     return result
 
 
-def refused(result, *words, status=1):
+def rejected(result, *words, status=1):
     message = error_line(result, SCRIPT, status)
     assert all(str(word) in message for word in words), (words, message)
 
@@ -96,7 +100,7 @@ def write_model(path, data=None, mel=MEL, layers=3, residual=True, **shape):
 
 @torch.no_grad()
 def all_layers(model, utterances):
-    """{utterance id: (T, D)} -> {utterance id: (layers, T, H)}, each alone."""
+    """{utterance id: (T, D)} -> {utterance id: (layers, T, H)}, each by itself."""
     return {
         utt_id: model(torch.as_tensor(frames)[None], torch.tensor([len(frames)]))[1][:, 0]
         for utt_id, frames in utterances.items()
@@ -107,9 +111,9 @@ def last_layer(model, utterances):
     return {utt_id: reps[-1] for utt_id, reps in all_layers(model, utterances).items()}
 
 
-def write_folder(path, frames=FRAMES, seq_len=SEQ_LEN, **kw):
-    """A prepared folder -> {utterance id: its frames}."""
-    tensors, lengths = make_folder(path, frames, MEL, seq_len, **kw)
+def write_folder(path, frames=FRAMES, seq_len=SEQ_LEN, mel=MEL, **kw):
+    """A prepared dataset -> {utterance id: its frames}."""
+    tensors, lengths = make_folder(path, frames, mel, seq_len, **kw)
     return {name.removesuffix(".pt"): tensors[name][:length] for name, length in lengths.items()}
 
 
@@ -126,17 +130,19 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(server, folder, model, tmp_path_factory):
+def whole(folder, model, tmp_path_factory):
     """The features of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    succeeded(server.run(SCRIPT, *flags(model[0], folder[0], out)))
+    extract_features.main([*map(str, flags(model[0], folder[0], out))])
     return read(out)
 
 
 def read(save_dir):
     """{utterance id: tensor} of a finished folder in which nothing else lies."""
     kind = json.loads((save_dir / "features.json").read_text())["format"]
-    names = {path.name for path in save_dir.iterdir()} - {"features.json", ".lock"}
+    names = {path.name for path in save_dir.iterdir()} - {
+        *("features.json", ".lock", "skipped.txt", "truncated.txt")
+    }
     if kind == "ark":
         assert all(re.fullmatch(r"feats(\.\d)?\.ark|feats\.scp", name) for name in names), names
         found = kaldiio.load_scp(str(save_dir / "feats.scp"))
@@ -185,21 +191,21 @@ def test_features_are_the_models_outputs_whatever_the_batch(tmp_path, features, 
             assert_close(features(tmp_path / "foo.model", folder[0], *options), expected)
 
 
-def test_choose_layers():
+def test_layers_are_numbered_from_0_and_a_prenets_output_is_named():
     reps = torch.randn(4, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    model = APCModel(3, PrenetConfig(3, 3, 1, 0.0), RNNConfig(3, 3, 3, 0.0, False))
     zero, one, two, three = reps
     chosen = {"last": three, "mean": (zero + one + two + three) / 4, "all": reps, "0": zero}
     chosen |= {"3,1,2,0": torch.stack([three, one, two, zero])}
     for name, expected in chosen.items():
-        got = choose_layers(name, 4)(reps)
+        got = choose_layers(reps, parse_layer(name, model))
         assert got.shape == expected.shape and torch.allclose(got, expected), name
-    bad = ["4", "top", "", "1.5", "-1", "0,", ",1", "0,,1", "0,4", "0, 2", "mean,0", "9" * 5000]
-    for name in bad:
-        with pytest.raises(UserError, match=r"last, all, mean, 0, 1, 2, 3,"):
-            choose_layers(name, 4)
+    for name in ("4", "top", "", "1.5", "-1", "0,", "0,,1", "0,4", "mean,0", "9" * 5000):
+        with pytest.raises(UserError, match=r"last, all, mean, 0 \(the prenet's output\), 1, 2,"):
+            parse_layer(name, model)
 
 
-def test_formats_hold_the_same_numbers(features, folder, model, whole):
+def test_formats_hold_the_same_values(features, folder, model, whole):
     half = {utt_id: value.half() for utt_id, value in whole.items()}
     for kind, dtype in (
         ("npy", "float32"),
@@ -211,7 +217,7 @@ def test_formats_hold_the_same_numbers(features, folder, model, whole):
         assert_equal(got, whole if dtype == "float32" else half)
 
 
-def test_an_ark_as_kaldiio_and_prepare_data_read_it(tmp_path, extract, model, monkeypatch):
+def test_an_ark_as_kaldiio_reads_it(tmp_path, extract, model, monkeypatch):
     """Kaldi wants the order of the ids' bytes, which other sorts do not give."""
     data, out = tmp_path / "data", tmp_path / "my feats" / "a:1"
     frames = write_folder(data)
@@ -224,19 +230,13 @@ def test_an_ark_as_kaldiio_and_prepare_data_read_it(tmp_path, extract, model, mo
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     succeeded(extract(model[0], data, "my feats/a,b:1", "--format", "ark"))
-    monkeypatch.chdir(tmp_path)  # paths in the scp do not depend on where one is
+    monkeypatch.chdir(tmp_path)  # paths in the scp do not depend on the current folder
     out = tmp_path / "here" / "my feats" / "a,b:1"
     assert_close(read(out), expected)
     ids = [line.split(b" ")[0] for line in (out / "feats.scp").read_bytes().splitlines()]
     assert ids == sorted(name.encode() for name in names)
     archive = kaldiio.load_ark(str(out / "feats.ark"))
     assert_close({utt_id: torch.from_numpy(x.copy()) for utt_id, x in archive}, expected)
-
-    again = tmp_path / "again"
-    source = ["--librispeech_from_kaldi", out / "feats.scp", "--max_seq_len", SEQ_LEN]
-    prepare_data.main([*map(str, [*source, "--save_dir", again, "--num_workers", 1])])
-    for utt_id, value in read(out).items():
-        assert torch.equal(torch.load(again / f"{utt_id}.pt")[: len(value)], value)
 
 
 def test_long_recordings_go_through_by_themselves(tmp_path, features, monkeypatch):
@@ -269,30 +269,52 @@ def test_bad_utterances_are_named(tmp_path, extract, model, folder, whole):
     assert "utt-000" in line
     bad = data / "utt-005.pt"  # four are shorter and come first
     bad.write_bytes(bad.read_bytes()[:700])
-    refused(extract(model[0], data, out, "--load_data_workers", 1), bad)
+    rejected(extract(model[0], data, out), bad)
     shorter = ["utt-001", "utt-002", "utt-004", "utt-006"]
     assert_equal(read(out), {utt_id: whole[utt_id] for utt_id in shorter})
+
+
+def test_a_transformers_utterances_fit_or_are_named(tmp_path, extract, monkeypatch):
+    data = [{"source": "kaldi", "max_seq_len": 20}]
+    config = {"rnn_residual": False, "data": data}
+    model = save_transformer(tmp_path / "foo.model", config)
+    write_folder(tmp_path / "data", [9, 25, 24, 13], mel=11)
+    result = extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "out")
+    (line,) = warnings_of(result)
+    for words in ("utt-001", "25 frames", "at most 20", "--long_utterances split"):
+        assert words in line
+    frames = torch.load(tmp_path / "data" / "utt-003.pt")[:13]
+    expected = model(frames[None], [13])[1][-1, 0].detach()
+    assert_close({"x": read(tmp_path / "out")["utt-003"]}, {"x": expected})
+    for module in (load_pretrained, extract_features):
+        monkeypatch.setattr(module, "MAX_FRAMES", 24)
+    result = extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "too-long")
+    rejected(result, "utt-001", "25 frames", "--long_utterances split")
+
+
+def test_numerical_flags_are_those_of_training(tmp_path, extract, folder, model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    succeeded(extract(model[0], folder[0], tmp_path / "out"))
+    assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu(features, folder, model):
     got = features(model[0], folder[0], "--device", "cuda")
     assert {value.device.type for value in got.values()} == {"cpu"}
-    assert_close(got, last_layer(model[1], folder[1]), 5e-3)  # TF32 and other kernels
+    assert_close(got, last_layer(model[1], folder[1]), 1e-4)  # other kernels
 
 
-# Refusals -----------------------------------------------------------------------------------------
+# Rejections ---------------------------------------------------------------------------------------
 
 
-def test_wrong_flags_are_refused_by_the_parser(tmp_path, call_main):
+def test_wrong_flags_are_rejected_by_the_parser(tmp_path, call_main):
     rows = [
         (["--batch_size=0"], "--batch_size"),
         (["--load_data_workers=-1"], "--load_data_workers"),
         (["--residual", "--no_residual"], "--no_residual"),
-        *[
-            ([f], "--audio")
-            for f in ("--utt2spk=x", "--resample", "--channel=0", "--ids_from_paths")
-        ],
+        (["--utt2spk=x"], "--audio"),
+        (["--skip_bad"], "--audio"),
         (["--audio", "x"], "--data_dir"),
         (["--format", "ark", "--resume"], "resume"),
         (["--format", "ark", "--layer", "all"], "--layer all"),
@@ -301,68 +323,93 @@ def test_wrong_flags_are_refused_by_the_parser(tmp_path, call_main):
     ]
     needed = ["--checkpoint", "foo.model", "--save_dir", tmp_path / "out"]
     for options, word in rows:
-        refused(call_main(extract_features, *needed, "--data_dir", "x", *options), word, status=2)
-    refused(call_main(extract_features, *needed), "--data_dir", "--audio", status=2)
+        rejected(call_main(extract_features, *needed, "--data_dir", "x", *options), word, status=2)
+    rejected(call_main(extract_features, *needed), "--data_dir", "--audio", status=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_refused_leaves_nothing(tmp_path, extract, folder, model):
+def test_what_is_rejected_leaves_nothing(tmp_path, extract, folder, model):
     checkpoint, data, out = model[0], tmp_path / "data", tmp_path / "out"
     shutil.copytree(folder[0], data)
     shutil.copy(checkpoint, tmp_path / "bare.model")
     (tmp_path / "occupied").write_text("mine")
-    make_folder(tmp_path / "wide", FRAMES, MEL + 4)
+    (tmp_path / "splits" / "dev-clean" / "84").mkdir(parents=True)
+    write_sound(tmp_path / "splits" / "dev-clean" / "84" / "84-1.wav", speech(0.5))
+    make_folder(tmp_path / "larger", FRAMES, MEL + 4)
     write_folder(tmp_path / "spaced", [5], prefix="a\u00a0b")
-    write_model(tmp_path / "edited" / "foo.model", [{"source": "audio"}])
+    write_model(tmp_path / "80" / "foo.model", mel=80)
     device = "mps" if torch.cuda.is_available() else "cuda"
     rows = [
         ((tmp_path / "nowhere.model", data, out), ["nowhere.model"]),
         ((checkpoint, tmp_path / "no-data", out), ["no-data"]),
-        ((checkpoint, tmp_path / "wide", out), ["wide", f"{MEL + 4} numbers", f"reads {MEL}"]),
+        ((checkpoint, tmp_path / "larger", out), ["larger", f"is {MEL + 4}", f"reads {MEL}"]),
         ((checkpoint, tmp_path / "spaced", out, "--format", "ark"), ["a\\xa0b-000", "spaces"]),
         ((tmp_path / "bare.model", data, out), ["--residual", "--no_residual"]),
-        ((checkpoint, data, out, "--layer", 4), ["--layer 4", "last, all, mean, 0, 1, 2, 3,"]),
+        (
+            (checkpoint, data, out, "--layer", 4),
+            ["--layer 4", "mean, 0 (the prenet's output), 1, 2, 3,"],
+        ),
         ((checkpoint, data, out, "--device", device), [f"--device {device}"]),
         ((checkpoint, data, tmp_path / "occupied"), ["occupied"]),
-        ((checkpoint, data, data, "--resume"), [data, "prepared folder"]),  # with the same names
+        ((checkpoint, data, data, "--resume"), [data, "prepared dataset"]),  # with the same names
         ((checkpoint, "", out, "--audio"), ["no such file"]),
-        ((tmp_path / "edited" / "foo.model", "x", out, "--audio"), ["config.json", "cmvn"]),
+        ((tmp_path / "80" / "foo.model", tmp_path / "splits", out, "--audio"), ["dev-clean"]),
     ]
     before = snapshot(tmp_path)
     for args, words in rows:
-        refused(extract(*args), *words)
+        rejected(extract(*args), *words)
         assert snapshot(tmp_path) == before and not out.exists(), args
 
 
 # Interruptions ------------------------------------------------------------------------------------
 
+CRASH = """
+import itertools, os, signal
 
-def test_a_killed_run_resumes(tmp_path, server, folder, model, whole):
+count, replace = itertools.count(1), os.replace
+
+def crashing(source, target):
+    if target.endswith("{suffix}") and next(count) == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = crashing
+"""
+
+
+def run_patched(folder, patch, *argv):
+    """Run the script, after the lines `patch`, as a process of its own."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(patch)
+    return run_script(SCRIPT, *argv, env={"PYTHONPATH": str(folder)})
+
+
+@pytest.mark.parametrize("kind", ["pt", "npy"])
+def test_a_killed_run_resumes(tmp_path, extract, folder, model, whole, monkeypatch, kind):
     """What has its final name is whole, stays, and does not go through the model again."""
-    rows = [
-        ("pt", "features.json", 1, "after", 0),
-        ("pt", "pt$", 4, "after", 4),
-        ("npy", "npy$", 4, "before", 3),
-    ]
-    for kind, name, number, when, count in rows:
-        out, fed = tmp_path / f"{name}-{number}", tmp_path / "fed"
-        shutil.rmtree(out, ignore_errors=True)
-        argv = [SCRIPT, *flags(model[0], folder[0], out, "--format", kind)]
-        killed = server.run(*argv, crash=(name, number, when))
-        assert killed.returncode == -signal.SIGKILL
-        before = times(out.glob(f"*.{kind}"))
-        assert len(before) == count
-        assert_equal(read_files(before), {path.stem: whole[path.stem] for path in before})
-        succeeded(server.run(*argv, "--resume", record=fed))
-        assert_equal(read(out), whole)
-        assert times(before) == before
-        assert sum(len(lengths) for _, _, lengths in torch.load(fed)) == len(FRAMES) - count
+    out, argv = tmp_path / "out", [model[0], folder[0], tmp_path / "out", "--format", kind]
+    patch = CRASH.format(suffix=kind, number=4)
+    killed = run_patched(tmp_path / "patch", patch, *flags(*argv))
+    assert killed.returncode == -signal.SIGKILL
+    before = times(out.glob(f"*.{kind}"))
+    assert len(before) == 3
+    assert_equal(read_files(before), {path.stem: whole[path.stem] for path in before})
+    fed, forward = [], APCModel.forward
+
+    def counting(self, inputs, lengths):
+        fed.extend(lengths)
+        return forward(self, inputs, lengths)
+
+    monkeypatch.setattr(APCModel, "forward", counting)
+    succeeded(extract(*argv, "--resume"))
+    assert_equal(read(out), whole)
+    assert times(before) == before and len(fed) == len(FRAMES) - 3
 
 
 def test_resume_makes_what_is_missing(tmp_path, extract, model, folder, whole):
     out = tmp_path / "out"
     argv = [model[0], folder[0], out, "--resume"]
-    succeeded(extract(*argv))  # of nothing: it begins
+    succeeded(extract(*argv))  # of nothing: it starts
     before = times(out.iterdir())
     succeeded(extract(*argv))  # of a finished run: it touches nothing
     assert times(out.iterdir()) == before
@@ -374,19 +421,7 @@ def test_resume_makes_what_is_missing(tmp_path, extract, model, folder, whole):
     assert times(kept) == {path: before[path] for path in kept}
 
 
-def test_a_killed_ark_has_no_scp_and_stays_as_it_is(tmp_path, server, folder, model):
-    out = tmp_path / "out"
-    argv = [SCRIPT, *flags(model[0], folder[0], out, "--format", "ark")]
-    for name, when in [("features.json", "after"), ("feats.scp$", "before")]:
-        shutil.rmtree(out, ignore_errors=True)
-        assert server.run(*argv, crash=(name, 1, when)).returncode == -signal.SIGKILL
-        assert not (out / "feats.scp").exists()
-        before = snapshot(out)
-        refused(server.run(*argv), out)
-        assert snapshot(out) == before
-
-
-def test_resume_with_other_flags_is_refused(tmp_path, extract, folder, model):
+def test_resume_with_other_flags_is_rejected(tmp_path, extract, folder, model):
     """Else half of the features would be of another kind. What counts is what the files hold."""
     checkpoint, data, out = tmp_path / "foo.model", folder[0], tmp_path / "out"
     write_model(checkpoint, prenet_layers=1)
@@ -402,11 +437,11 @@ def test_resume_with_other_flags_is_refused(tmp_path, extract, folder, model):
         ((tmp_path / "elsewhere", out), "elsewhere"),
     ]
     for args, word in rows:
-        refused(extract(checkpoint, *args, "--resume"), word, "--resume needs the same")
+        rejected(extract(checkpoint, *args, "--resume"), word, "--resume needs the same")
     weights = torch.load(checkpoint)
     weights["rnns.1.bias_ih_l0"][3] += 1e-3
     torch.save(weights, checkpoint)
-    refused(extract(checkpoint, data, out, "--resume"), "weights")
+    rejected(extract(checkpoint, data, out, "--resume"), "weights")
     assert snapshot(out) == before
     (tmp_path / "link").symlink_to(data)
     succeeded(extract(model[0], tmp_path / "link", out, "--resume"))  # the same by other names
@@ -419,50 +454,33 @@ def test_other_features_are_neither_lost_nor_taken_for_ours(tmp_path, extract, f
         out = tmp_path / kind
         succeeded(extract(*argv, out, "--format", kind, "--layer", 0))
         before = snapshot(out)
-        refused(extract(*argv, out, "--format", other), out)
+        rejected(extract(*argv, out, "--format", other), out)
         assert snapshot(out) == before
     about = tmp_path / "pt" / "features.json"
     about.write_text("[]")
-    refused(extract(*argv, tmp_path / "pt", "--resume"), about)
+    rejected(extract(*argv, tmp_path / "pt", "--resume"), about)
     about.unlink()
     before = snapshot(tmp_path / "pt")
-    refused(extract(*argv, tmp_path / "pt", "--resume"), "holds files like utt-00")
+    rejected(extract(*argv, tmp_path / "pt", "--resume"), "holds files like utt-00")
     assert snapshot(tmp_path / "pt") == before
 
 
-def test_a_folder_belongs_to_one_run_at_a_time(tmp_path, server, folder, model):
-    lock_folder(tmp_path)  # until this process ends
-    refused(server.run(SCRIPT, *flags(model[0], folder[0], tmp_path)), tmp_path, "another process")
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path, extract, folder, model):
+    lock = lock_folder(tmp_path)
+    rejected(extract(model[0], folder[0], tmp_path), tmp_path, "in use by another process")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    lock.release()
 
 
-@pytest.mark.parametrize("kind, limit", [("pt", 5000), ("npy", 5000), ("ark", 60e3), ("ark", 1e5)])
-def test_a_file_that_may_not_grow(tmp_path, server, model, kind, limit):
-    """As with a quota: one line, nothing half-written, and later the run goes on."""
-    data, out = tmp_path / "data", tmp_path / "out"
-    expected = last_layer(model[1], write_folder(data, list(range(10, 130, 5)), 130))  # 100 kB
-    argv = flags(model[0], data, out, "--format", kind)
-    ended = server.run(SCRIPT, *argv, file_limit=int(limit))
-    refused(ended, out, "File too large")
-    assert not list(out.glob("*.tmp")) and not (out / "feats.scp").exists()
-    if kind != "ark":
-        written = read_files(out.glob(f"*.{kind}"))
-        assert 0 < len(written) < len(expected)
-        succeeded(server.run(SCRIPT, *argv, "--resume"))
-        assert_close(read(out), expected)
-        assert_equal(written, {utt_id: read(out)[utt_id] for utt_id in written})
-
-
-def test_killed_processes_are_resumed_by_one(tmp_path, server, folder, model, whole):
+def test_an_ark_that_may_not_grow(tmp_path, model):
+    """As with a quota: one line, and no feats.scp."""
+    resource = pytest.importorskip("resource")
+    write_folder(tmp_path / "data", [*range(10, 130, 5)], 130)  # 100 kB of features
     out = tmp_path / "out"
-    argv = [SCRIPT, *flags(model[0], folder[0], out)]
-    killed = server.run_ranks(*argv, crash=("pt$", 3, "before"))
-    assert -signal.SIGKILL in [process.returncode for process in killed]
-    before = times(out.glob("*.pt"))
-    assert 0 < len(before) < len(FRAMES)
-    succeeded(server.run(*argv, "--resume"))
-    assert_equal(read(out), whole)
-    assert times(before) == before
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (60000, 60000))
+    argv = flags(model[0], tmp_path / "data", out, "--format", "ark")
+    rejected(run_script(SCRIPT, *argv, preexec_fn=limit), out / "feats.ark", "File too large")
+    assert not (out / "feats.scp").exists()
 
 
 # Audio --------------------------------------------------------------------------------------------
@@ -479,7 +497,7 @@ def write_sound(path, samples, rate=16000):
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """LibriSpeech's kind of tree, with a .wav in it."""
+    """A tree like LibriSpeech's, with a .wav in it."""
     root = tmp_path_factory.mktemp("audio") / "dev"
     for seed, (utt_id, seconds) in enumerate(SPEECH.items()):
         ending = "wav" if utt_id.endswith("1") else "flac"
@@ -512,7 +530,10 @@ def trained(recordings, tmp_path_factory):
 
 
 def test_audio_gives_what_preparing_it_gives(features, recordings, trained, monkeypatch):
-    """A file by itself, too, without its speaker's other speech; and where it is read in blocks."""
+    """A file by itself, too, without its speaker's other speech; and where it is read in blocks.
+
+    From Python the same, of a file and of samples.
+    """
     found, wav = {}, recordings / "84" / "84-121-0001.wav"
     for cmvn, (checkpoint, uncut) in trained.items():
         expected = features(checkpoint, uncut, "--batch_size", 3)
@@ -523,10 +544,15 @@ def test_audio_gives_what_preparing_it_gives(features, recordings, trained, monk
             expected = features(*trained["utterance"])
         got = features(checkpoint, wav, "--audio")
         assert_close(got, {"84-121-0001": expected["84-121-0001"]})
+        extractor, samples = FeatureExtractor(checkpoint), soundfile.read(wav, dtype="int16")[0]
+        of_path = extractor(str(wav))
+        for x in (of_path, extractor(samples, 16000), extractor(samples / 32768, 16000)):
+            assert_close({"84-121-0001": x}, got)
         with monkeypatch.context() as patch:
             patch.setattr(extract_features, "MAX_FRAMES", 50)
             patch.setattr(audio, "BLOCK_SIZE", 3000)
             assert_close(features(checkpoint, recordings, "--audio"), found[cmvn])
+            assert_close({"x": extractor(str(wav))}, {"x": of_path})
     for one, other in itertools.combinations(found.values(), 2):  # else one may pass for another
         assert float((one["84-121-0000"] - other["84-121-0000"]).abs().max()) > 1e-3
 
@@ -562,7 +588,7 @@ def test_a_model_of_unknown_features(tmp_path, extract, features, recordings, tr
             (checkpoint.parent / "config.json").unlink()
         out = tmp_path / f"{number}" / "out"
         (line,) = warnings_of(extract(checkpoint, recordings, out, "--audio"))
-        assert "original" in line
+        assert "not known" in line and "original's fbank" in line
         assert_equal(read(out), expected)
 
 
@@ -571,70 +597,129 @@ def test_flags_on_audio_are_those_of_preparing(tmp_path, extract, features, reco
     table = tmp_path / "utt2spk"
     table.write_text("".join(f"{utt} {who}\n" for utt, who in zip(SPEECH, "abab")))
     stereo = tmp_path / "stereo"
-    for seed, name in enumerate(("a.wav", "b.wav")):
+    for seed, name in enumerate(("anna", "ben")):
         sound = speech(0.5, seed, 48000)
-        write_sound(stereo / "anna" / name, np.stack([0 * sound, sound], axis=1), 48000)
-    for source, *options in [
-        (recordings, "--utt2spk", table),
-        (stereo, "--resample", "--channel", 1, "--ids_from_paths"),
+        write_sound(stereo / name / "a.wav", np.stack([0 * sound, sound], axis=1), 48000)
+    of_stereo = ["--resample", "--channel", 1, "--ids_from_paths"]
+    for source, speakers, *options in [
+        (recordings, "2 (a, b), 2 utterances each, 0.0003", "--utt2spk", table),
+        (stereo, "2 (anna, ben), 1 utterances each", *of_stereo),
     ]:
         uncut = prepare(source, tmp_path / f"{source.name}-uncut", *options)
         got = features(checkpoint, source, "--audio", *options)
         assert_close(got, features(checkpoint, uncut))
-    assert sorted(got) == ["anna-a", "anna-b"]
+        out = tmp_path / f"{source.name}-announced"
+        announced = extract(checkpoint, source, out, "--audio", *options).stdout
+        assert f"speakers: {speakers}" in announced
+    assert sorted(got) == ["anna-a", "ben-a"]
     result = extract(checkpoint, stereo / "anna" / "a.wav", tmp_path / "out", "--audio", *options)
-    assert "a.wav: is taken as a speaker of its own" in succeeded(result).stderr
+    assert "a.wav: taken as a speaker of its own" in succeeded(result).stderr
 
 
-def test_audio_that_is_refused_leaves_nothing(tmp_path, extract, recordings, trained):
+def test_audio_that_is_rejected_leaves_nothing(tmp_path, extract, recordings, trained):
+    """What the message advises is a flag of this script: it has no --cmvn."""
     checkpoint, out, table = trained["speaker"][0], tmp_path / "out", tmp_path / "utt2spk"
     flat = write_sound(tmp_path / "flat" / "a.wav", speech(0.5)).parent
     fast = write_sound(tmp_path / "fast.wav", np.zeros((9000, 2)), 48000)
-    shutil.copytree(recordings, tmp_path / "in")
-    bad = write_sound(tmp_path / "in" / "84" / "99.wav", speech(0.5))  # the last of them
-    bad.write_bytes(bad.read_bytes()[:-9000])
+    (bad := tmp_path / "bad.wav").write_text("no audio")
     table.write_text("84-121-0000 a\n")
     write_model(tmp_path / "narrow.model", mel=40)
     for args, words in [
-        ((checkpoint, flat, out), [flat, "--utt2spk", "--cmvn utterance"]),
+        ((checkpoint, flat, out), [flat, "--utt2spk"]),
         ((checkpoint, fast, out), [fast, "--resample", "--channel"]),
-        ((checkpoint, tmp_path / "in", out), [bad, "truncated"]),
-        ((checkpoint, bad, out), [bad, "truncated"]),
+        ((checkpoint, bad, out), [bad]),
         ((checkpoint, recordings, out, "--utt2spk", table), ["1272-5-0000"]),
         ((trained["none"][0], recordings, out, "--utt2spk", table), [table, "--cmvn none"]),
-        ((tmp_path / "narrow.model", recordings, out), ["80 numbers", "reads 40"]),
+        ((tmp_path / "narrow.model", recordings, out), ["is 80", "reads 40"]),
     ]:
-        refused(extract(*args, "--audio"), *words)
-        assert not out.exists(), args
+        result = extract(*args, "--audio")
+        rejected(result, *words)
+        assert not out.exists() and "--cmvn utterance" not in result.stderr, args
 
 
-def test_several_processes_write_the_features_of_one(
-    tmp_path, server, features, model, trained, recordings
+def test_skip_bad_lists_what_is_skipped_and_truncated_files_are_read(tmp_path, extract, trained):
+    """A WAV that is shorter than its header states, as tablets write them."""
+    root, out = tmp_path / "in" / "84", tmp_path / "out"
+    good, short = (write_sound(root / f"{name}.wav", speech(0.5)) for name in "ab")
+    short.write_bytes(short.read_bytes()[:-600])
+    (root / "c.wav").write_text("no audio")
+    result = extract(trained["utterance"][0], root.parent, out, "--audio", "--skip_bad")
+    last = succeeded(result).stdout.splitlines()[-1]
+    assert "2 utterances written" in last and "1 recordings in skipped.txt" in last
+    (warning,) = warnings_of(result)
+    assert "16000 bytes" in warning and "15400" in warning
+    (line,) = (out / "truncated.txt").read_text().splitlines()
+    assert line in warning and str(short) in line
+    (line,) = (out / "skipped.txt").read_text().splitlines()
+    assert str(root / "c.wav") in line
+    assert {utt_id: len(x) for utt_id, x in read(out).items()} == {"a": 48, "b": 46}
+    rejected(extract(trained["utterance"][0], root, tmp_path / "x", "--audio"), root / "c.wav")
+
+
+def test_samples_from_python_are_never_misread(tmp_path, recordings, trained):
+    checkpoint = trained["utterance"][0]
+    extractor, samples = FeatureExtractor(checkpoint, layer=0), speech(0.5)
+    for bad, words in [
+        ((samples,), "sampling rate of 16000 Hz"),
+        ((samples, 8000), "resample=True"),
+        ((samples.astype(float), 16000), r"\[-1, 1\]"),
+        ((samples * np.nan, 16000), r"\[-1, 1\]"),
+        ((samples.astype(np.int64), 16000), "int16"),
+        ((np.stack([samples, samples]), 16000), "one channel"),
+        ((write_sound(tmp_path / "a.wav", samples, 8000),), "8000 Hz.*resample=True"),
+        (("nowhere.wav",), "nowhere.wav"),
+        ((write_sound(tmp_path / "b.wav", np.zeros((9000, 2))),), "pass one channel's samples"),
+    ]:
+        with pytest.raises((UserError, OSError), match=words):
+            extractor(*bad)
+    resampling = FeatureExtractor(checkpoint, layer="all", resample=True)
+    assert_close({"x": resampling(tmp_path / "a.wav")}, {"x": resampling(samples, 8000)})
+    assert resampling(samples, 8000).shape == (3, 98, HIDDEN)
+
+
+COUNT_OPENS = """
+import soundfile
+
+open_file = soundfile.SoundFile.__init__
+
+def opening(self, *args, **options):
+    with open({log!r}, "a") as log:
+        log.write("x")
+    open_file(self, *args, **options)
+
+soundfile.SoundFile.__init__ = opening
+"""
+
+
+def test_several_processes_share_the_work_and_write_the_features_of_one(
+    tmp_path, features, trained, recordings
 ):
-    """Each its share, of audio by a worker that has inherited nothing; of three processes for two
-    utterances one has nothing to do."""
+    """Files are opened no more often, and what was done is said once."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    (tmp_path / "sitecustomize.py").write_text(COUNT_OPENS.format(log=str(log)))
+    argv = flags(trained["speaker"][0], recordings, out, "--audio", "--load_data_workers", 1)
+    argv += ["--format", "ark", "--batch_size", 4]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / SCRIPT), *map(str, argv)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = succeeded(done).stdout.splitlines()
+    assert [line for line in lines if "features of" in line] == [lines[-1]]
+    assert "features of 4 utterances written" in lines[-1]
+    assert_close(read(out), features(trained["speaker"][0], recordings, "--audio"))
+    assert len(log.read_text()) == 2 * len(SPEECH)
 
-    def run(*args, world_size):
-        argv = flags(*args, "--format", "ark", "--batch_size", 4)
-        processes = server.run_ranks(SCRIPT, *argv, world_size=world_size)
-        ends = [succeeded(process).stdout.splitlines()[-1] for process in processes]
-        return sorted(int(re.search(r"features of (\d+) utt", end)[1]) for end in ends)
 
-    source, out = [trained["speaker"][0], recordings], tmp_path / "out"
-    assert run(*source, out, "--audio", "--load_data_workers", 1, world_size=2) == [2, 2]
-    assert_close(read(out), features(*source, "--audio"))
-    frames = write_folder(tmp_path / "two", [9, 4])
-    assert run(model[0], tmp_path / "two", tmp_path / "few", world_size=3) == [0, 1, 1]
-    assert_close(read(tmp_path / "few"), last_layer(model[1], frames))
-
-
-def test_data_prepared_in_another_way_are_warned_of(tmp_path, extract):
-    """Of the folders that the model was trained on the first one counts."""
+def test_data_prepared_in_another_way_cause_a_warning(tmp_path, extract):
+    """Of the datasets that the model was trained on the first one counts."""
     made = {"source": "audio", "path": "a", "fbank": fbank_settings(), "cmvn": "speaker"}
     write_model(tmp_path / "foo.model", [made, made | {"source": "kaldi"}])
     write_folder(tmp_path / "data", [5])
     (tmp_path / "data" / "prepared.json").write_text(json.dumps(made | {"cmvn": "none"}))
-    lines = warnings_of(extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "out"))
-    assert "cmvn is none" in lines[0] and "speaker" in lines[0]
-    assert len(lines) == 2 and "norm_vars is False" in lines[1]
+    (line,) = warnings_of(extract(tmp_path / "foo.model", tmp_path / "data", tmp_path / "out"))
+    assert "cmvn is" in line and "none" in line and "speaker" in line
     assert list(read(tmp_path / "out")) == ["utt-000"]

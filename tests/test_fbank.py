@@ -14,7 +14,7 @@ from utils import UserError
 
 RATE = 16000
 
-# What prepared.json says of the original's features: its flags, Kaldi's defaults for the rest.
+# The original's flags, Kaldi's defaults for the rest.
 PREPARED = json.loads(
     """{"full_scale": 32768.0, "sample_rate": 16000.0, "frame_length_ms": 25.0,
     "frame_shift_ms": 10.0, "dither": 0.0, "preemph_coeff": 0.97, "remove_dc_offset": true,

