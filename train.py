@@ -514,10 +514,12 @@ def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespa
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots(2, sharex=True)
     for axis, mel, name in zip(axes, (target, predicted), ("target", "prediction")):
-        image = axis.imshow(mel.T, origin="lower", aspect="auto", extent=extent, clim=(low, high))
+        image = axis.imshow(
+            mel.T.numpy(), origin="lower", aspect="auto", extent=extent, clim=(low, high)
+        )
         axis.set_ylabel(f"{name}: mel channel")
-    if len(utt_id) > 60:
-        utt_id = f"{utt_id[:28]} ... {utt_id[-28:]}"
+    if len(utt_id) > 48:
+        utt_id = f"{utt_id[:22]} ... {utt_id[-22:]}"
     title = f"{utt_id}\npredicted n = {n} frames ahead"
     axes[0].set_title(title, parse_math=False, fontsize="medium")
     axes[1].set_xlabel("seconds, at 10 ms per frame")
