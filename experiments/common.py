@@ -11,6 +11,7 @@ interrupted experiment. A work directory holds:
 
 import datetime
 import hashlib
+import os
 import platform
 import re
 import shlex
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import is_finished, read_lengths
 from experiments.phone_probe import accuracy, accuracy_table, read_table, table
-from utils import UserError, atomic_write, new_parser, positive, read_json, write_json
+from utils import UserError, atomic_write, new_parser, num_cores, positive, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED = ROOT / "pretrained" / "apc_3x512_n3.pt"
@@ -94,12 +95,20 @@ def build_parser(description, example, epochs, work_dir):
 
 
 def run(*command):
-    """Run a script of this repository, or another program -> its output."""
+    """Run a script of this repository, or another program -> its output.
+
+    Without a GPU train.py and extract_features.py run under torchrun, a process per core, which a
+    busy neighbour slows down less than threads.
+    """
     command = [str(part) for part in command]
     if command[0].endswith(".py"):
-        command = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        python = [sys.executable]
+        if command[0] in ("train.py", "extract_features.py") and not torch.cuda.is_available():
+            python += ["-m", "torch.distributed.run", f"--nproc_per_node={num_cores()}"]
+        command = [*python, str(ROOT / command[0]), *command[1:]]
     print(f"\n{shlex.join(command)}", flush=True)
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode:
         raise UserError(f"{shlex.join(command[:2])} failed with status {done.returncode}")
     print(done.stdout, end="", flush=True)
@@ -189,10 +198,10 @@ def run_probe(work, rows, hidden_size=0):
 
 
 def machine():
-    """Processor, threads, and PyTorch's version."""
+    """Processor, cores, and PyTorch's version."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = found[1] if found else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, {num_cores()} cores, torch {torch.__version__}"
 
 
 def difference_table(results, pairs):
