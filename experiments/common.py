@@ -5,14 +5,12 @@ interrupted experiment. A work directory holds:
 
     labels.txt, train_ids.txt, test_ids.txt    what phone_probe.py reads
     data/<normalisation>/{train,dev,probe}/    prepared datasets
-    runs/<run>.dir/                            train.py's
-    features/, probes/                         extracted features, and phone_probe.py's numbers
+    runs/<run>.dir/, features/, probes/        the scripts' outputs
 """
 
 import datetime
 import hashlib
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -97,8 +95,7 @@ def build_parser(description, example, epochs, work_dir):
 def run(*command):
     """Run a script of this repository, or another program -> its output.
 
-    Without a GPU train.py and extract_features.py run under torchrun, a process per core, which a
-    busy neighbour slows down less than threads.
+    Without a GPU some run as a process per core, which busy neighbours slow down less than threads.
     """
     command = [str(part) for part in command]
     if command[0].endswith(".py"):
@@ -200,7 +197,7 @@ def run_probe(work, rows, hidden_size=0):
 def machine():
     """Processor, cores, and PyTorch's version."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = found[1] if found else platform.machine()
+    name = found[1] if found else "unknown processor"
     return f"{name}, {num_cores()} cores, torch {torch.__version__}"
 
 

@@ -3,8 +3,6 @@
 About an hour on two quiet cores; the same command resumes after an interruption. Every stage is a
 script of this repository, printed as it is called, or fastabx, which needs Python 3.12 and may have
 an environment of its own (uv tool install fastabx): without that command there is no ABX.
-
-The probes are trained on the English prompts of the training split and tested on held-out ones.
 """
 
 import json
@@ -30,10 +28,7 @@ EXAMPLE = """\
 SPEAKERS = """the test has one, who is in the training data of the probe and of every row that is
   trained, pretrained/ included: what features hold about speakers cannot be shown on this speech"""
 ABX = """
-## ABX error rate, %
-
-Within the speaker, any context, the test prompts' phones, angular distance, at most 10 examples of
-a phone.
+## ABX error rate, % (phones within the speaker, any context, angular distance)
 
 """
 

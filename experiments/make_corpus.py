@@ -33,11 +33,9 @@ EXAMPLE = """\
 
 
 def run(command, **options):
-    """Run a command; UserError with the last line that it printed if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise UserError(f"{command[0]} failed: {why}")
+    """Run a command, which prints its own errors."""
+    if status := subprocess.run(command, check=False, **options).returncode:
+        raise UserError(f"{command[0]} failed with status {status}")
 
 
 def fetch(folder):

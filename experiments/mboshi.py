@@ -39,8 +39,7 @@ def find_recordings(clone, split):
     alignments = {path.stem for path in (clone / ALIGNMENTS / split).glob("*.txt")}
     wavs = {path.stem: path for path in sorted((clone / WAVS / split).glob("*.wav"))}
     if not wavs.keys() & alignments:
-        where = f"{WAVS}/{split} and {ALIGNMENTS}/{split}"
-        raise UserError(f"{clone}: found no utterances in {where}: expected a clone of the corpus")
+        raise UserError(f"{clone} has no {WAVS}/{split}: expected a clone of the corpus")
     return {utt_id: path for utt_id, path in wavs.items() if utt_id in alignments}
 
 

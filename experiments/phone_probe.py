@@ -9,8 +9,7 @@ extract_features.py --layer: the mean over --seeds and, in brackets, the 95 % bo
 over the test utterances, because the frames of an utterance are not independent.
 
 [1] van den Oord, Li, Vinyals: Representation Learning with Contrastive Predictive Coding. 2018.
-[2] Chung, Hsu, Tang, Glass: An Unsupervised Autoregressive Model for Speech Representation
-    Learning. Interspeech 2019.
+[2] Chung, Hsu, Tang, Glass: An Unsupervised Autoregressive Model ... Interspeech 2019.
 """
 
 import sys
