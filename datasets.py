@@ -1,14 +1,10 @@
-"""A prepared folder read back: utterances, batches, and the order in which they come."""
+"""A prepared dataset read back: utterances, batches, and the order in which they come."""
 
 import logging
-import multiprocessing.queues
 import os
 import pickle
-import shutil
-import signal
-import sys
+import warnings
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from utils import UserError, is_plain, load, read_json
+from formats.fbank import CMVN
+from utils import UserError, ignore_signals, is_float_tensor, load, read_json
+
+TIMEOUT = 300  # seconds that a batch may take to load
 
 
 class LibriSpeech(data.Dataset):
@@ -27,7 +26,7 @@ class LibriSpeech(data.Dataset):
 
     Args:
         path: the folder.
-        time_shift: n; utterances of n frames or fewer hold no target and are left out.
+        time_shift: n; utterances of n frames or fewer have no prediction target and are skipped.
 
     Items: (tensor float32 (seq_len, D), length).
 
@@ -37,7 +36,7 @@ class LibriSpeech(data.Dataset):
         prepared: how the folder was made (prepared.json), or None if that is not known.
 
     Raises:
-        UserError: the folder is unfinished or damaged, or holds no utterance long enough.
+        UserError: the folder is unfinished or damaged, or no utterance in it is long enough.
     """
 
     def __init__(self, path: str | os.PathLike, time_shift: int = 0):
@@ -50,18 +49,17 @@ class LibriSpeech(data.Dataset):
                 f"are missing, the first is {missing[0]}: prepare the folder again"
             )
         self.ids = [name for name, length in self.lengths.items() if length > time_shift]
-        left_out = len(self.lengths) - len(self.ids)
+        skipped = len(self.lengths) - len(self.ids)
         if not self.ids:
             raise UserError(
                 f"{path}: none of the {len(self.lengths)} utterances is longer than the time "
                 f"shift of {time_shift} frames"
             )
-        if left_out:
+        if skipped:
             logging.warning(
-                "%s: %d of %d utterances are no longer than the time shift of %d frames, and are "
-                "left out",
+                "%s: %d of %d utterances are skipped: at most %d frames long (the time shift)",
                 path,
-                left_out,
+                skipped,
                 len(self.lengths),
                 time_shift,
             )
@@ -78,7 +76,7 @@ class LibriSpeech(data.Dataset):
         if frames.shape != (self.seq_len, self.mel_dim) or length > self.seq_len:
             raise UserError(
                 f"{os.path.join(self.path, name)}: expected a tensor of shape "
-                f"{(self.seq_len, self.mel_dim)}, like the folder's others, found "
+                f"{(self.seq_len, self.mel_dim)}, like the dataset's others, found "
                 f"{tuple(frames.shape)} for {length} frames"
             )
         return frames, length
@@ -91,7 +89,7 @@ class LibriSpeech(data.Dataset):
     def _read(self, name):
         path = os.path.join(self.path, name)
         frames = load(path)
-        if not (is_plain(frames) and frames.dtype == torch.float32 and frames.dim() == 2):
+        if not (is_float_tensor(frames) and frames.dtype == torch.float32 and frames.dim() == 2):
             raise UserError(f"{path}: expected a float32 tensor (frames, mel_dim)")
         return frames
 
@@ -115,14 +113,14 @@ class Utterances(data.ConcatDataset):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, strings and numbers; whatever would name a function or class is refused."""
+    """Reads dicts, strings and numbers; rejects whatever would name a function or class."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def is_finished(path: str | os.PathLike) -> bool:
-    """Whether a folder is a prepared set: lengths.pkl is written last."""
+    """Whether a folder is a prepared dataset: lengths.pkl is written last."""
     return os.path.exists(os.path.join(path, "lengths.pkl"))
 
 
@@ -163,21 +161,21 @@ def read_prepared(path: str | os.PathLike) -> dict | None:
 
 
 def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
-    """Log a warning if a folder was made in another way than what a model was trained on.
+    """Log a warning if a dataset was made in another way than what a model was trained on.
 
     `trained` is the training data's prepared.json, or None if that is not known.
     """
     if trained is None or dataset.prepared is None:
         return
-    for key in ("source", "fbank", "cmvn", "norm_vars", "unbiased_vars"):
-        here, there = (
-            # Folders from before there was norm_vars were normalised by the variance too.
-            prepared.get(key, key == "norm_vars" and prepared.get("cmvn", "none") != "none")
-            for prepared in (dataset.prepared, trained)
-        )
-        if here != there:
+    here, there = ({**p, "cmvn": CMVN.from_prepared(p)} for p in (dataset.prepared, trained))
+    for key in ("source", "fbank", "cmvn"):
+        if here.get(key) != there.get(key):
             logging.warning(
-                "%s: %s is %s, but the model is trained on %s", dataset.path, key, here, there
+                "%s: %s is %s, but the model is trained on %s",
+                dataset.path,
+                key,
+                here.get(key),
+                there.get(key),
             )
 
 
@@ -187,7 +185,7 @@ def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     """Items of Utterances -> inputs (B, longest, D) float32, lengths (B,) int64, utterance ids.
 
-    The batch is cut to its longest utterance. A process whose share of a batch is empty gets
+    The batch is cut to its longest utterance. A process whose part of a batch is empty gets
     tensors of no utterance.
     """
     if not items:
@@ -206,7 +204,7 @@ class BatchSampler(data.Sampler):
 
     With `bucketing`, a shuffled epoch is cut into windows of 100 batches, each window is sorted by
     length and cut into batches, and the batches are shuffled: a batch's utterances are about
-    equally long, and yet meet others every epoch (in a corpus of more than one window).
+    equally long, and yet others every epoch (in a corpus of more than one window).
 
     Args:
         lengths: (N,) frames of each utterance.
@@ -245,6 +243,11 @@ class BatchSampler(data.Sampler):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.whole_batches():
+            yield batch[self.rank :: self.world_size]
+
+    def whole_batches(self) -> Iterator[list[int]]:
+        """The epoch's batches over all processes."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = np.arange(len(self.lengths))
         if self.shuffle:
@@ -259,93 +262,54 @@ class BatchSampler(data.Sampler):
         if self.bucketing and self.shuffle:
             random.shuffle(starts)
         for start in starts[self.start_batch :]:
-            yield order[start : start + self.batch_size][self.rank :: self.world_size].tolist()
+            yield order[start : start + self.batch_size].tolist()
 
 
 def build_loader(
     dataset: Utterances,
     batch_sampler: Any,
-    batch_frames: int,
     num_workers: int,
     device: torch.device,
-    world_size: int = 1,
     persistent: bool = False,
 ) -> data.DataLoader:
     """A DataLoader of (inputs, lengths, ids), as collate() gives them; read it with read_batches().
 
-    `batch_frames` is the most frames of a batch, padding included.
-
-    Raises:
-        UserError: there is too little shared memory for its workers' batches.
+    `persistent` keeps the workers from one epoch to the next.
     """
-    if num_workers and os.path.isdir("/dev/shm"):
-        # Two batches for each worker, and one that is read.
-        needed = int(batch_frames) * dataset.mel_dim * 4 * (2 * num_workers + 1)
-        free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if needed > free:
-            raise UserError(
-                f"/dev/shm has {free >> 20} MiB for this process, but {num_workers} workers may "
-                f"need {needed >> 20} MiB: use --load_data_workers 0, lower --batch_size, or give "
-                "the container more with --shm-size"
-            )
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     return data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         collate_fn=collate,
         num_workers=num_workers,
+        timeout=TIMEOUT if num_workers else 0,
         persistent_workers=persistent and num_workers > 0,
-        # Where processes talk to each other not by a fork: if the thread that does the talking
-        # holds Python's lock just then, the worker waits for it for ever.
-        multiprocessing_context="spawn" if num_workers and world_size > 1 else None,
+        # Forked next to the threads of a process group, a worker might wait for a lock for ever.
+        multiprocessing_context="spawn" if num_workers and "WORLD_SIZE" in os.environ else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_prepare_worker,
-        generator=torch.Generator(),  # or the loader would draw from dropout's numbers
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # or the loader would draw from dropout's random numbers
     )
 
 
-def _prepare_worker(_):
-    # A batch that cannot be handed over, for lack of memory or descriptors, would be lost, and the
-    # main process would wait for it for ever; that of a dead worker is noticed.
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
-    # The thread that hands tensors over would complain of a main process that has just ended.
-    sys.excepthook = lambda *_: None
-
-
 def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Start a loader's workers -> an iterator over its batches.
+    """Iterate over a loader's batches.
 
-    Raises (also from the iterator):
-        UserError: an utterance cannot be used, or a worker process cannot go on.
+    Raises:
+        UserError: an utterance cannot be used, or a worker process was killed or timed out.
     """
-    # Signals that reach a whole process group are for the main process: workers, and the process
-    # by which Python keeps track of what they share, inherit that these are blocked.
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    resource_tracker.ensure_running()  # which unblocks two of them
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        iterator = iter(loader)
-    except (OSError, RuntimeError) as error:
-        raise _loading_error(error) from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # PyTorch's handler would raise in the middle of a step when a worker ends. Without it, the
-    # loader notices within five seconds, while it waits for a batch.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-    def batches():
-        try:
-            yield from iterator
-        except (UserError, OSError, RuntimeError, EOFError) as error:
-            # Without its traceback, which would hold on to the loader and so to its workers.
-            raise _loading_error(error.with_traceback(None)) from None
-
-    return batches()
-
-
-def _loading_error(error):
-    # A worker's error comes as the text of its traceback, which ends with the message.
-    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    if isinstance(error, UserError):
-        return UserError(last_line.removeprefix(f"utils.{type(error).__name__}: "))
-    return UserError(f"a process that loads data cannot go on: {last_line}")
+        yield from loader
+    except (UserError, OSError, RuntimeError) as error:
+        error = error.with_traceback(None)  # which would hold on to the loader, and so its workers
+        # A worker's error comes as the text of its traceback, which ends with the message.
+        message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        name = f"utils.{type(error).__name__}: "
+        if isinstance(error, UserError):
+            raise UserError(message.removeprefix(name)) from None
+        if "timed out" in message:
+            message = (
+                f"no batch was loaded within {TIMEOUT} s: is the disk too slow, or /dev/shm full? "
+                "Try --load_data_workers 0"
+            )
+        raise UserError(f"loading data failed: {message}") from None

@@ -1,13 +1,8 @@
 """Extract features from speech with a trained APC model.
 
-    python extract_features.py --checkpoint logs/foo.dir/foo__epoch_100.model \\
-        --data_dir data/dev-clean --save_dir features/dev-clean
-    python extract_features.py --checkpoint apc_360hr.ckpt --audio recordings --save_dir features \\
-        --format ark --layer mean
-    torchrun --nproc_per_node=4 extract_features.py ...        # the utterances shared out
-
-Writes a float32 matrix (frames, hidden size) for each utterance: the last layer's outputs, as in
-the papers. With --layer all or a list, (layers, frames, hidden size); a prenet's output is layer 0.
+Features are the model's hidden states, as in the papers: for each utterance a float32 matrix
+(frames, hidden size), the last layer's outputs; with --layer all or a list, (layers, frames, hidden
+size). Layers count from 0, the lowest; with a prenet, 0 is the prenet's output.
 """
 
 import argparse
@@ -24,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor
 from torch.utils import data
 from tqdm import tqdm
@@ -39,65 +35,86 @@ from datasets import (
     warn_of_other_data,
 )
 from formats import audio
-from formats.fbank import apply_cmvn, cmvn_group, cmvn_settings, cmvn_stats, fbank_settings
-from formats.kaldi import read_utt2spk
-from load_pretrained import add_residual_flags, load_with_config, summary, training_data
+from formats.fbank import cmvn_stats
+from load_pretrained import (
+    MAX_FRAMES,
+    add_residual_flags,
+    check_length,
+    choose_layers,
+    features_of,
+    frame_settings,
+    load_with_config,
+    parse_layer,
+    summary,
+    training_data,
+)
 from utils import (
-    HelpFormatter,
+    BadUtterance,
     UserError,
     atomic_write,
+    choose_device,
     lock_folder,
+    new_parser,
     not_negative,
     num_cores,
-    on_each_core,
     positive,
+    progress_bar,
     read_json,
-    report_machine_errors,
     run_jobs,
     run_main,
     save,
+    set_numerics,
     setup_logging,
     start_processes,
     write_json,
 )
 
-MAX_FRAMES = 1 << 16  # through the model at once, padding included; longer utterances are streamed
+EXAMPLES = """\
+  python extract_features.py --checkpoint logs/foo.dir/foo__epoch_100.model \\
+      --data_dir data/dev-clean --save_dir features/dev-clean
+  python extract_features.py --checkpoint apc_360hr.ckpt --audio recordings --save_dir features \\
+      --format ark --layer mean
+  torchrun --nproc_per_node=4 extract_features.py ...       # each process takes its part"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Write a trained model's hidden states as features of speech.",
-        formatter_class=HelpFormatter,
-    )
-    add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="any that load_pretrained.py reads")
-    add_residual_flags(parser)
-    source = parser.add_argument_group("speech, one of").add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_dir", metavar="DIR", help="folder from prepare_data.py")
-    source.add_argument(
-        "--audio", metavar="DIR", help="a folder, a Kaldi data directory, or a file"
-    )
-    audio.add_flags(parser)
-    add = parser.add_argument_group("features").add_argument
+    parser = new_parser("Extract a trained model's hidden states as features of speech.", EXAMPLES)
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="file that load_pretrained.py can read")
+    add_residual_flags(group)
+    layer = "last, all, mean, a number from 0 (the lowest) or a list like 0,2 (default: last)"
+    add("--layer", default="last", help=f"layers whose outputs are the features: {layer}")
+    group = parser.add_argument_group("input")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_dir", metavar="DIR", help="prepared dataset, of prepare_data.py")
+    text = "audio file, folder of audio files at any depth, or Kaldi data directory"
+    source.add_argument("--audio", metavar="PATH", help=text)
+    audio.add_flags(group)
+    add = parser.add_argument_group("output").add_argument
     add("--save_dir", required=True, metavar="DIR", help="folder for the features")
-    layer = "last, all, mean, a number from 0 (the lowest) or a list like 0,2"
-    add("--layer", default="last", help=f"which layers' outputs: {layer}")
-    add("--format", choices=["pt", "npy", "ark"], default="pt", help="ark: Kaldi's, with feats.scp")
-    add("--dtype", choices=["float32", "float16"], default="float32", help="of the numbers")
-    add("--resume", action="store_true", help="skip the utterances that are there (.pt, .npy)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--batch_size", type=positive, default=32, help="utterances at a time, over all processes")
-    add("--load_data_workers", type=not_negative, default=2, help="processes that load data")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    text = "file format; ark is Kaldi's, with feats.scp (default: pt)"
+    add("--format", choices=["pt", "npy", "ark"], default="pt", help=text)
+    text = "type of the values (default: float32)"
+    add("--dtype", choices=["float32", "float16"], default="float32", help=text)
+    text = "skip utterances that are already extracted (pt, npy)"
+    add("--resume", action="store_true", help=text)
+    add = parser.add_argument_group("hardware").add_argument
+    text = "utterances per batch, over all processes (default: 32)"
+    add("--batch_size", type=positive, default=32, help=text)
+    text = "processes that load data (default: 2)"
+    add("--load_data_workers", type=not_negative, default=2, help=text)
+    text = "device to compute on (default: auto)"
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=text)
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("utt2spk", "ids_from_paths", "resample", "channel"):
+    for name in ("utt2spk", "ids_from_paths", "pattern", "resample", "channel", "skip_bad"):
         if args.audio is None and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is for --audio, not for a prepared folder")
+            parser.error(f"--{name} is for --audio, not for a prepared dataset")
     if args.format == "ark":
         if args.layer == "all" or "," in args.layer:
             parser.error(f"--format ark holds matrices, but --layer {args.layer} gives several")
@@ -108,69 +125,70 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# Model and data -----------------------------------------------------------------------------------
-
-
-def choose_layers(name: str, num_layers: int) -> Callable[[Tensor], Tensor]:
-    """The flag --layer -> a function from internal_reps (L, B, T, H) to ((layers,) B, T, H)."""
-    if name == "mean":
-        return lambda reps: reps.mean(dim=0)
-    if name == "all":
-        return lambda reps: reps
-    numbers = [num_layers - 1] if name == "last" else []
-    if re.fullmatch(r"\d{1,3}(,\d{1,3})*", name):
-        numbers = [int(number) for number in name.split(",")]
-    if not numbers or max(numbers) >= num_layers:
-        choices = ["last", "all", "mean", *map(str, range(num_layers))]
-        raise UserError(f"--layer {name}: this model has: {', '.join(choices)}, or a list like 0,1")
-    if len(numbers) == 1:
-        return lambda reps: reps[numbers[0]]
-    return lambda reps: reps[numbers]
+# Data ---------------------------------------------------------------------------------------------
 
 
 class AudioFiles(data.Dataset):
     """--audio, treated as the model's training data were: log-Mel utterances, never cut.
 
     All files are read once beforehand, to find bad ones and for CMVN statistics, and then again as
-    they are asked for. Items and attributes are those of LibriSpeech, but the tensors are
-    as long as the utterances.
+    they are asked for. Items and attributes are those of LibriSpeech, but the tensors are as long
+    as the utterances.
 
     Args:
         args: the script's.
         prepared: prepared.json of the training data; None if unknown.
+        rank, world_size: which part of the files this process measures; then call gather().
+
+    Attributes:
+        bad, notes: messages on what was skipped, and on files with another length than they state.
+        utt2spk: dict utterance id -> speaker; empty if the model was not trained with CMN by
+            speaker.
     """
 
-    def __init__(self, args: argparse.Namespace, prepared: dict | None):
-        if prepared and prepared.get("source") == "audio":
-            fbank = prepared["fbank"]
-            cmvn, self.options = cmvn_settings(prepared)
-        else:
-            fbank, cmvn, self.options = fbank_settings(), "speaker", {"norm_vars": False}
-            logging.warning(
-                "it is not known how the features that the model was trained on were made: taking "
-                "the original's fbank settings and mean normalisation by speaker"
-            )
-        if args.utt2spk and cmvn != "speaker":
-            raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {cmvn}")
-        self.recordings, left_out = audio.find_audio(args.audio, args.ids_from_paths)
-        if left_out:
-            logging.info("left out of %s: %s", args.audio, audio.count_left_out(left_out))
-        utt2spk = open_speakers(args, self.recordings) if cmvn == "speaker" else {}
+    def __init__(self, args: argparse.Namespace, prepared: dict | None, rank: int, world_size: int):
+        self.fbank, self.cmvn, self.training_stats = frame_settings(prepared)
+        self.mel_dim, self.path = self.fbank["num_mel_bins"], args.audio
+        if args.utt2spk and self.cmvn.kind != "speaker":
+            kind = self.cmvn.kind
+            raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {kind}")
+        self.bad = [] if args.skip_bad else None
+        found = audio.find_audio(args.audio, args.ids_from_paths, args.pattern, self.bad)
+        self.recordings, ignored = found
+        if ignored:
+            logging.info("%s: ignored: %s", args.audio, audio.count_left_out(ignored))
+        self.utt2spk = find_speakers(args, self.recordings) if self.cmvn.kind == "speaker" else {}
         options = {"resample": args.resample, "channel": args.channel}
-        self.read = partial(audio.read_fbank_blocks, settings=fbank, **options)
-        self.ids = [f"{recording.utt_id}.pt" for recording in self.recordings]
-        self.mel_dim = fbank["num_mel_bins"]
+        self.read = partial(audio.read_fbank_blocks, settings=self.fbank, **options)
+        jobs = audio.audio_jobs(self.recordings, self.fbank, **options)
+        jobs = [job for _, job in itertools.islice(jobs, rank, None, world_size)]
+        num_workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        measured = run_jobs(jobs, partial(measure, skip_bad=args.skip_bad), num_workers)
+        self.measured = [*progress_bar(measured, desc="CMVN", total=len(jobs), disable=rank > 0)]
 
+    def gather(self, world_size: int) -> None:
+        """Put together what all processes have measured."""
+        parts = [self.measured] * world_size
+        if world_size > 1:
+            dist.all_gather_object(parts, self.measured)
+        stats, bad, self.notes = {}, self.bad or [], []
+        for job_stats, job_bad, job_notes in itertools.chain(*parts):
+            stats |= job_stats
+            bad += job_bad
+            self.notes += job_notes
+        self.bad = bad
+        self.recordings = [recording for recording in self.recordings if recording.utt_id in stats]
+        if not self.recordings:
+            raise UserError(f"{self.path}: every recording was skipped; the first: {bad[0]}")
         groups, self.lengths, group_stats = [], {}, {}
-        measured = run_jobs(self.recordings, partial(measure, self.read), num_cores())
-        for stats, recording in zip(measured, self.recordings):
-            group = cmvn_group(recording.utt_id, recording.path, cmvn, utt2spk)
+        for recording in self.recordings:
+            group = self.cmvn.group(recording.utt_id, recording.where(), self.utt2spk)
             groups.append(group)
-            self.lengths[f"{recording.utt_id}.pt"] = int(stats[0, -1])
-            group_stats[group] = group_stats.get(group, 0) + stats
-        if cmvn == "global":
-            group_stats = {"all": np.array(prepared["cmvn_stats"])}  # the training data's
-        self.stats = None if cmvn == "none" else [group_stats[group] for group in groups]
+            group_stats[group] = group_stats.get(group, 0) + stats[recording.utt_id]
+            self.lengths[f"{recording.utt_id}.pt"] = int(stats[recording.utt_id][0, -1])
+        if self.training_stats is not None:
+            group_stats = dict.fromkeys(groups, self.training_stats)
+        self.stats, self.ids = [group_stats[group] for group in groups], [*self.lengths]
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -182,33 +200,38 @@ class AudioFiles(data.Dataset):
     def read_chunks(self, index: int) -> Iterator[Tensor]:
         """Yield an utterance's frames, some of them (t, D) at a time."""
         for frames in self.read(self.recordings[index]):
-            if self.stats is not None:
-                frames = apply_cmvn(frames, self.stats[index], **self.options)
-            yield torch.from_numpy(frames)
+            yield torch.from_numpy(self.cmvn.apply(frames, self.stats[index]))
 
 
-def open_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
+def measure(job: Callable, skip_bad: bool) -> tuple[dict, list[str], list[str]]:
+    """In a worker: a job of audio_jobs() -> CMVN statistics by utterance id, what was skipped and
+    why, warnings."""
+    stats, bad, notes = {}, [], []
+    for utt_id, _, read in job(notes):
+        try:
+            stats[utt_id] = sum(map(cmvn_stats, read()))
+        except BadUtterance as error:
+            if not skip_bad:
+                raise
+            bad.append(" ".join(str(error).split()))
+    return stats, bad, notes
+
+
+def find_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
     """-> dict utterance id -> speaker, as in prepare_data.py; but a single file is its own."""
-    if args.utt2spk:
-        utt2spk = read_utt2spk(args.utt2spk)
-    elif os.path.isfile(args.audio):
-        logging.info("%s: is taken as a speaker of its own, and normalised by itself", args.audio)
-        utt2spk = {recordings[0].utt_id: recordings[0].utt_id}
-    else:
-        utt2spk = audio.speakers_of(recordings)
-    logging.info("normalising by speaker: %d of them", len(set(utt2spk.values())))
-    return utt2spk
+    if args.utt2spk is None and os.path.isfile(args.audio):
+        logging.info("%s: taken as a speaker of its own, and normalised by itself", args.audio)
+        return {recordings[0].utt_id: recordings[0].utt_id}
+    return audio.speakers_of(recordings, args.audio, args.utt2spk, "--utt2spk FILE")
 
 
-def measure(read: Callable, recording: audio.Recording) -> np.ndarray:
-    """The CMVN statistics of a recording, computed in a worker."""
-    return sum(map(cmvn_stats, read(recording)))
-
-
-def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None):
-    """--data_dir or --audio -> LibriSpeech or AudioFiles; UserError if the model cannot read it."""
+def open_source(
+    args: argparse.Namespace, model: APCModel, rank: int, world_size: int
+) -> LibriSpeech | AudioFiles:
+    """--data_dir or --audio, of which this process has measured its part."""
+    prepared = training_data(model.config, args.checkpoint)
     if args.audio is not None:
-        dataset = AudioFiles(args, prepared)
+        dataset = AudioFiles(args, prepared, rank, world_size)
     else:
         dataset = LibriSpeech(args.data_dir)
         # With every fbank option filled in, as the model's has.
@@ -216,7 +239,7 @@ def open_source(args: argparse.Namespace, model: APCModel, prepared: dict | None
         warn_of_other_data(prepared, dataset)
     if dataset.mel_dim != model.mel_dim:
         raise UserError(
-            f"{args.data_dir or args.audio}: its frames have {dataset.mel_dim} numbers, but the "
+            f"{args.data_dir or args.audio}: the feature dimension is {dataset.mel_dim}, but the "
             f"model {args.checkpoint} reads {model.mel_dim}"
         )
     return dataset
@@ -254,17 +277,20 @@ def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
     if world_size > 1:
         dist.gather_object(parts[0], parts if rank == 0 else None)
     if rank == 0:
-        lines = "".join(parts).encode("utf-8", "surrogateescape").splitlines(keepends=True)
-        with atomic_write(path) as file:
-            file.writelines(sorted(lines))
+        write_lines(sorted("".join(parts).splitlines(), key=str.encode), path)
 
 
-def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
-    """Make save_dir ready; UserError if it holds anything else than this extraction."""
+def write_lines(lines: list[str], path: str) -> None:
+    with atomic_write(path) as file:
+        file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
+
+
+def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
+    """Make save_dir ready -> its lock; UserError if it holds anything else than this extraction."""
     if is_finished(args.save_dir):
-        raise UserError(f"{args.save_dir}: is a prepared folder: choose another --save_dir")
+        raise UserError(f"{args.save_dir} is a prepared dataset: choose another --save_dir")
     os.makedirs(args.save_dir, exist_ok=True)
-    lock_folder(args.save_dir)
+    lock = lock_folder(args.save_dir)
     weights = hashlib.sha256()
     for name, weight in model.state_dict().items():
         weights.update(name.encode() + weight.cpu().numpy().tobytes())
@@ -282,18 +308,32 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> None:
         for key, value in about.items():
             if before.get(key) != value:
                 raise UserError(
-                    f"{path}: {key} was {before.get(key)!r} when this was begun, and is {value!r} "
-                    "now: --resume needs the same"
+                    f"{path}: {key} was {before.get(key)!r} when the extraction started, and is "
+                    f"{value!r} now: --resume needs the same"
                 )
-        return
+        return lock
     ours = (".pt", ".npy", ".ark", ".scp", "features.json")
     there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
     if there:
         raise UserError(
-            f"{args.save_dir}: holds files like {there[0]}: choose another --save_dir"
-            f"{'' if args.format == 'ark' else ', or --resume what was begun there'}"
+            f"{args.save_dir} holds files like {there[0]}: choose another --save_dir"
+            f"{'' if args.format == 'ark' else ', or --resume the extraction into this one'}"
         )
     write_json({"checkpoint": args.checkpoint} | about, path)
+    return lock
+
+
+def report(args: argparse.Namespace, source: LibriSpeech | AudioFiles, num_all, num_new) -> None:
+    """List what was odd about the recordings, if anything was, and print the last line."""
+    text = f"features of {num_new} utterances written, {num_all - num_new} were already there"
+    lists = {}
+    if args.audio is not None:
+        lists = {"skipped.txt": source.bad, "truncated.txt": source.notes}
+    for name, lines in lists.items():
+        if lines:
+            write_lines(lines, os.path.join(args.save_dir, name))
+            text += f"; {len(lines)} recordings in {name}"
+    print(f"{args.save_dir}: {text}")
 
 
 # Extraction ---------------------------------------------------------------------------------------
@@ -309,118 +349,131 @@ def plan(todo: np.ndarray, num_frames: np.ndarray, batch_size: int) -> tuple[lis
     return batches, todo[is_long].tolist()
 
 
+@torch.inference_mode()
 def extract_batch(
-    model: APCModel, device: torch.device, choose: Callable, inputs, lengths, ids
-) -> list[tuple[str, Tensor]]:
-    """A batch -> (utterance id, ((layers,) T, H)) of each utterance."""
-    with torch.inference_mode():
-        inputs = inputs[:, : lengths.max()].to(device, non_blocking=True)
-        features = choose(model(inputs, lengths)[1]).cpu()  # ((layers,) B, T, H)
-    lengths = lengths.tolist()
-    return [(utt_id, features[..., i, : lengths[i], :].clone()) for i, utt_id in enumerate(ids)]
-
-
-def extract_long(
-    model: APCModel, device: torch.device, choose: Callable, chunks: Iterator[Tensor], length: int
-) -> Tensor:
-    """An utterance's chunks (t, D), `length` frames in all -> features ((layers,) T, H).
-
-    The model is causal: of what came before it needs only its state.
-    """
-    features, state, done = None, None, 0
-    with torch.inference_mode():
-        for chunk in chunks:
-            _, internal_reps, state = model.stream(chunk[None].to(device), state)
-            new = choose(internal_reps)[..., 0, :, :].cpu()  # ((layers,) t, H)
-            if features is None:
-                features = new.new_empty(*new.shape[:-2], length, new.shape[-1])
-            features[..., done : done + len(chunk), :] = new
-            done += len(chunk)
-    return features
+    model: APCModel, inputs: Tensor, lengths: Tensor, layers: int | list | slice | str
+) -> list[Tensor]:
+    """A batch (B, T, D) -> features ((layers,) T, H) of each utterance."""
+    inputs = inputs.to(next(model.parameters()).device, non_blocking=True)
+    features = choose_layers(model(inputs, lengths)[1], layers).cpu()  # ((layers,) B, T, H)
+    return [features[..., i, :length, :].clone() for i, length in enumerate(lengths.tolist())]
 
 
 def extract(
-    model: APCModel, source, loader: data.DataLoader, long: list[int], device, choose: Callable
+    model: APCModel, dataset: Utterances, loader: data.DataLoader, long: list[int], layers
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (utterance id, features) of the loader's utterances, then of the long ones."""
-    function = partial(extract_batch, model, device, choose)
-    for batch in read_batches(loader):
-        shares = on_each_core(function, *batch) if device.type == "cpu" else [function(*batch)]
-        yield from itertools.chain(*shares)
+    for inputs, lengths, ids in read_batches(loader):
+        yield from zip(ids, extract_batch(model, inputs, lengths, layers))
+    (source,) = dataset.datasets
     for i in long:
-        name = source.ids[i]
-        features = extract_long(model, device, choose, source.read_chunks(i), source.lengths[name])
-        yield name.removesuffix(".pt"), features
+        chunks = source.read_chunks(i)
+        yield dataset.ids[i], features_of(model, chunks, int(dataset.num_frames[i]), layers)
 
 
-def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> None:
-    model, config = load_with_config(args.checkpoint, device, args.residual)
-    layers = choose_layers(args.layer, len(model.rnns) + (model.prenet is not None))
-    source = open_source(args, model, training_data(config, args.checkpoint))
-    dataset = Utterances([source])
-    num_frames, is_ark = dataset.num_frames, args.format == "ark"
-    for utt_id in dataset.ids if is_ark else ():
+def check_dataset(args: argparse.Namespace, model: APCModel, dataset: Utterances) -> None:
+    """UserError if an utterance cannot be processed or written."""
+    longest = dataset.num_frames.argmax()
+    check_length(model, dataset.ids[longest], dataset.num_frames[longest])
+    for utt_id in dataset.ids if args.format == "ark" else ():
         if re.search(r"[\s\ud800-\udfff]", utt_id):
-            raise UserError(f"utterance id {utt_id!r}: an ark's ids are text without spaces")
-    if rank == 0:
-        open_save_dir(args, model)
-    wait_for_others(world_size)
+            raise UserError(f"utterance id {utt_id!r}: in an ark ids are text without spaces")
 
-    def path_of(utt_id):
-        return os.path.join(args.save_dir, f"{utt_id}.{args.format}")
 
-    def is_done(utt_id):  # a crash of the machine may leave an empty file
-        return os.path.exists(path_of(utt_id)) and os.path.getsize(path_of(utt_id)) > 0
-
-    # Each process has its own utterances, of all lengths.
-    mine = np.argsort(num_frames, kind="stable")[rank::world_size]
-    todo = np.array([i for i in mine if not (args.resume and is_done(dataset.ids[i]))], int)
+def announce(
+    args: argparse.Namespace, model: APCModel, dataset: Utterances, counts: list[int], where: str
+) -> None:
+    """Print what is about to be done."""
+    (source,) = dataset.datasets
+    if args.audio is not None and source.utt2spk:
+        speakers = [source.utt2spk[utt_id] for utt_id in dataset.ids]
+        hours = dataset.num_frames.sum() * source.fbank["frame_shift_ms"] / 3.6e6
+        each = hours / len({*speakers})
+        print(f"speakers: {audio.describe_speakers(speakers)}, {each:.3g} h each")
+    for note in source.notes[:10] if args.audio is not None else ():
+        logging.warning(note)
     print(
-        f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {len(todo)} of "
-        f"{len(dataset)} utterances, {num_frames[todo].sum()} frames of "
-        f"{args.data_dir or args.audio}, on {device}, process {rank + 1} of {world_size} -> "
-        f"{args.save_dir}"
-    )
-    batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
-    batch_frames = max((len(batch) * num_frames[batch].max() for batch in batches), default=0)
-    loader = build_loader(
-        dataset, batches, batch_frames, args.load_data_workers, device, world_size
-    )
-    dtype = getattr(torch, args.dtype)
-    ark = os.path.abspath(path_of(f"feats.{rank + 1}" if world_size > 1 else "feats"))
-    scp = io.StringIO()
-    with tqdm(total=len(todo), unit="utt", disable=rank > 0) as bar:
-        for utt_id, features in extract(
-            model, source, loader, long, device, lambda reps: layers(reps).to(dtype)
-        ):
-            if not all(part.isfinite().all() for part in features.split(4096, dim=-2)):
-                logging.error("%s: its features are not all finite", utt_id)
-            if is_ark:
-                append_to_ark(features, utt_id, ark, scp)
-            else:
-                write_file(features, path_of(utt_id))
-            bar.update()
-    wait_for_others(world_size)
-    if is_ark:
-        write_scp(scp, os.path.join(args.save_dir, "feats.scp"), rank, world_size)
-    print(
-        f"{args.save_dir}: features of {len(todo)} utterances written, {len(mine) - len(todo)} "
-        "were there already"
+        f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {counts[0]} of "
+        f"{len(dataset)} utterances, {counts[1]} frames of {args.data_dir or args.audio}, on "
+        f"{where} -> {args.save_dir}"
     )
 
 
-def wait_for_others(world_size: int) -> None:
+def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:
+    """Add up every process' numbers; which also waits for all of them."""
+    total = torch.tensor(numbers)
     if world_size > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU: a GPU's barrier would keep it busy
+        dist.all_reduce(total)  # on the CPU: a GPU's barrier would keep it busy
+    return total.tolist()
+
+
+def write_features(
+    args: argparse.Namespace, features: Iterator, ark: str, bar: tqdm
+) -> io.StringIO:
+    """Write (utterance id, features) as they come -> the lines of the ark's scp."""
+    scp = io.StringIO()
+    for utt_id, values in features:
+        values = values.to(getattr(torch, args.dtype))
+        if not values.isfinite().all():
+            logging.error("%s: its features are not all finite", utt_id)
+        if args.format == "ark":
+            append_to_ark(values, utt_id, ark, scp)
+        else:
+            write_file(values, path_of(args, utt_id))
+        bar.update()
+    return scp
+
+
+def path_of(args: argparse.Namespace, utt_id: str) -> str:
+    return os.path.join(args.save_dir, f"{utt_id}.{args.format}")
+
+
+def is_done(path: str) -> bool:
+    """A crash of the machine may leave an empty file."""
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup_logging()
-    # The first process to finish may have to wait a long time for the others.
-    rank, world_size, device = start_processes(args.device, timeout=datetime.timedelta(days=365))
-    with report_machine_errors(device, rank, world_size, "lower --batch_size"):
-        run(args, rank, world_size, device)
+    set_numerics()
+    choose_device(args.device)  # which may be an error, before the long first pass over audio
+    rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank > 0:
+        logging.disable(logging.WARNING)  # rank 0 says the same
+    model, _ = load_with_config(args.checkpoint, residual=args.residual)
+    layers = parse_layer(args.layer, model)
+    source = open_source(args, model, rank, world_size)
+    # Worker processes were forked before this one is connected to others. The first process to
+    # finish may have to wait a long time for them.
+    rank, world_size, device = start_processes(args.device, datetime.timedelta(days=365))
+    if args.audio is not None:
+        source.gather(world_size)
+    dataset = Utterances([source])
+    check_dataset(args, model, dataset)
+    lock = open_save_dir(args, model) if rank == 0 else None
+
+    # Each process has its own utterances, of all lengths.
+    num_frames = dataset.num_frames
+    mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
+    todo = [i for i in mine if not (args.resume and is_done(path_of(args, dataset.ids[i])))]
+    todo = np.array(todo, int)
+    counts = sum_over_processes([len(todo), num_frames[todo].sum()], world_size)
+    if rank == 0:
+        where = f"{device}{f' ({world_size} processes)' if world_size > 1 else ''}"
+        announce(args, model, dataset, counts, where)
+    batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
+    loader = build_loader(dataset, batches, args.load_data_workers, device)
+    features = extract(model.to(device), dataset, loader, long, layers)
+    ark = os.path.abspath(path_of(args, f"feats.{rank + 1}" if world_size > 1 else "feats"))
+    with progress_bar(total=len(todo), unit="utt", disable=rank > 0) as bar:
+        scp = write_features(args, features, ark, bar)
+    sum_over_processes([0], world_size)
+    if args.format == "ark":
+        write_scp(scp, os.path.join(args.save_dir, "feats.scp"), rank, world_size)
+    if rank == 0:
+        report(args, source, len(dataset), counts[0])
+        lock.release()
 
 
 if __name__ == "__main__":

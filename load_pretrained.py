@@ -1,42 +1,46 @@
-"""Load a trained APC model, whatever wrote it; as a script, say what it is or convert it.
+"""Load a trained APC model, whatever wrote it; as a script, describe or convert it.
 
-    from load_pretrained import load_pretrained
+    from load_pretrained import FeatureExtractor, load_pretrained
     model = load_pretrained("logs/foo.dir/foo__epoch_100.model")
+    features = FeatureExtractor("pretrained/apc_3x512_n3.pt")("speech.wav")       # (T, 512)
 
     python load_pretrained.py bs32-rhl3-rhs512-rd0-adam-res-ts3.pt
-    python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_s3prl foo.ckpt
     python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_onnx foo.onnx
 
-Reads bare state dicts, as train.py and the original release write them, train.py's last.ckpt, the
-checkpoints of s3prl (apc_360hr.ckpt, apc_960hr.ckpt) and of NPC's APC, with or without their
-configs, and any of these weights in .safetensors. Nothing in a file is ever executed.
+Reads state dicts, as train.py and the original release write them, train.py's last.ckpt, the
+checkpoints of s3prl (apc_360hr.ckpt, vq_apc_360hr.ckpt, ...) and of NPC's APC, with or without
+their configs, and any of these weights in .safetensors. Nothing in a file is ever executed.
 """
 
 import argparse
 import logging
 import os
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from apc_model import APCModel
-from formats.fbank import CMVN_KINDS, fbank_settings
+from formats.fbank import CMVN, FULL_SCALE, cmvn_stats, fbank_blocks, fbank_settings
 from formats.onnx import to_onnx
-from formats.s3prl import from_s3prl, rename_s3prl, to_s3prl
+from formats.s3prl import QuantizedPostnet, from_s3prl, rename_s3prl, to_s3prl
 from utils import (
-    HelpFormatter,
+    BadUtterance,
     PrenetConfig,
     RNNConfig,
     UserError,
     __version__,
     atomic_write,
-    is_plain,
+    is_float_tensor,
     load,
+    new_parser,
     read_json,
     run_main,
     save,
+    set_numerics,
     setup_logging,
     write_json,
 )
@@ -44,6 +48,11 @@ from utils import (
 # The original release's names, like bs32-rhl3-rhs512-rd0-adam-res-ts3.pt
 RELEASED_NAME = re.compile(r"bs\d+-rhl\d+-rhs\d+-rd[\d.]+-\w+(?P<residual>-res)?-ts\d+")
 GATES = {3: "gru", 4: "lstm"}  # of a layer, stacked in its weights
+MAX_FRAMES = 1 << 16  # that go through a model at once, padding included
+EXAMPLES = """\
+  python load_pretrained.py pretrained/apc_3x512_n3.pt
+  python load_pretrained.py logs/foo.dir/foo__epoch_100.model --to_onnx foo.onnx
+  python load_pretrained.py apc_360hr.ckpt --to_state_dict weights/apc_360hr.pt"""
 
 
 def load_pretrained(
@@ -54,11 +63,15 @@ def load_pretrained(
     Args:
         path: a file that train.py, the original release or s3prl wrote.
         device: where the model is wanted, as torch.device takes it.
-        residual: whether the model has residual connections. Weights do not tell; None asks the
-            file, the config.json beside it, then the file's name in the original's style.
+        residual: whether the model has residual connections. The weights of a GRU or LSTM do not
+            show it; None looks into the file, then into config.json in the same directory, then at
+            the file's name in the original's style.
 
     Returns:
-        APCModel in eval mode, in float32.
+        APCModel in eval mode, in float32, with the dropout of its training for fine-tuning. Its
+        attribute `config` is a dict of train.py's flags, as far as they are known: time_shift,
+        rnn_type, rnn_num_layers ...; `data` is a list of the training data's prepared.json, None
+        where there is none.
 
     Raises:
         UserError: the file is no APC model, carries code, or does not say whether it is residual.
@@ -68,26 +81,40 @@ def load_pretrained(
 
 
 def load_with_config(
-    path: str | os.PathLike, device: str | torch.device = "cpu", residual: bool | None = None
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    residual: bool | None = None,
+    unknown_residual: bool | None = None,
 ) -> tuple[APCModel, dict]:
-    """load_pretrained(), and how the model was made -> (model, dict of flags).
-
-    The flags are those of train.py's config.json, as far as they are known. `data` is a list of the
-    training folders' prepared.json, None where there is none.
-    """
+    """load_pretrained() -> (model, model.config). `unknown_residual` is what holds where neither
+    `residual` nor the file says it."""
     weights, config = read_checkpoint(path)
-    mel_dim, prenet_config, rnn_config = infer_configs(weights, path)
-    found = model_flags(mel_dim, prenet_config, rnn_config)
+    mel_dim, prenet, rnn = infer_configs(weights, path)
     if "data" not in config:
-        config = read_config(path, found) | config
-    if residual is None:
-        residual = find_residual(path, config)
+        config = read_config(path) | config
+    if rnn.rnn_type == "transformer":
+        residual = False  # its residual connections are part of its blocks
+    elif residual is None:
+        residual = find_residual(path, config, unknown_residual)
     residual_first = config.pop("residual_first", True)
-    if residual and not residual_first and mel_dim == rnn_config.hidden_size:
+    if residual and not residual_first and mel_dim == rnn.hidden_size:
         raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
-    model = APCModel(mel_dim, prenet_config, rnn_config._replace(residual=residual))
-    copy_weights(model, weights, path)
-    return model.to(device).eval(), config | found | {"rnn_residual": residual}
+    rnn = rnn._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
+    if prenet is not None:
+        prenet = prenet._replace(dropout=config.get("prenet_dropout", 0.0))
+    model = build_model(weights, mel_dim, prenet, rnn, path)
+    found = model_flags(model)
+    for flag, value in found.items():
+        if flag != "rnn_residual" and config.get(flag, value) != value:
+            raise UserError(
+                f"{path}: its config.json says that {flag} is {config[flag]}, but the weights have "
+                f"{value}: keep models in separate folders, each with its own config.json"
+            )
+    model.config = config | found
+    return model.to(device).eval(), model.config
+
+
+# Recognising what a file holds --------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
@@ -101,18 +128,30 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         else:  # s3prl's, under another name in 2021; NPC's checkpoints have none
             config = value.get("config", value.get("Upstream_Config"))
         value = value["model"]
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected an APC model's weights, found {type(value).__name__}")
     weights = {}
-    for name, weight in value.items():
-        if not (isinstance(name, str) and is_plain(weight)):
-            raise UserError(f"{path}: {name!r}: expected a weight, a plain tensor of floats")
+    for name, weight in check_state_dict(value, path).items():
         # DataParallel's and torch.compile's prefixes
         weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = weight
     if config is not None:
         return from_s3prl(weights, config, path)
     renamed = rename_s3prl(weights, path)
     return renamed, flags if renamed is weights else {"residual_first": False}
+
+
+def check_state_dict(value: Any, path: str | os.PathLike) -> dict[str, Tensor]:
+    """-> `value` if it is a state dict; else a UserError, which names the key that holds one."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a state dict of APC, found {type(value).__name__}")
+    for key, inner in value.items():
+        if isinstance(inner, dict) and any(map(is_float_tensor, inner.values())):
+            raise UserError(
+                f"{path}: expected a state dict, but it is under the key {key!r}: unwrap it by "
+                f"torch.save(torch.load({os.fspath(path)!r})[{key!r}], 'OUT.pt')"
+            )
+    for name, weight in value.items():
+        if not (isinstance(name, str) and is_float_tensor(weight)):
+            raise UserError(f"{path}: {name!r}: expected a weight, a dense floating-point tensor")
+    return value
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -126,12 +165,15 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, RNNConfig]:
-    """A state dict -> (mel_dim, PrenetConfig or None, RNNConfig), from names and shapes alone."""
+    """A state dict -> (mel_dim, PrenetConfig or None, RNNConfig), from names and shapes only."""
     try:
+        if "embedding.weight" in weights:
+            hidden_size, mel_dim = weights["embedding.weight"].shape
+            num_layers = count_layers(weights, "blocks.")
+            rnn = RNNConfig(mel_dim, hidden_size, num_layers, 0.0, False, "transformer")
+            return mel_dim, None, rnn
         gate_units, hidden_size = weights["rnns.0.weight_hh_l0"].shape
         mel_dim = weights["postnet.layer.weight"].shape[0]
-        if not mel_dim:
-            raise ValueError("frames of no numbers")
         rnn_type = GATES[gate_units / hidden_size]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(
@@ -147,118 +189,285 @@ def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, R
 
 
 def count_layers(weights: dict, prefix: str) -> int:
-    """The largest layer number in the names, plus one: copy_weights() notices missing layers."""
+    """The largest layer number in the names, plus one: build_model() notices missing layers."""
     numbers = [re.match(re.escape(prefix) + r"(\d{1,3})\.", name) for name in weights]
     return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
-def copy_weights(model: APCModel, weights: dict, path: str) -> None:
-    """model.load_state_dict(), with a one-line UserError that names the differences."""
+def build_model(
+    weights: dict, mel_dim: int, prenet: PrenetConfig | None, rnn: RNNConfig, path: str
+) -> APCModel:
+    """A model with these weights; else a one-line UserError that names the differences."""
     try:
+        model = APCModel(mel_dim, prenet, rnn)
+        if "postnet.logits.bias" in weights:
+            num_codes = len(weights["postnet.logits.bias"])
+            model.postnet = QuantizedPostnet(rnn.hidden_size, mel_dim, num_codes)
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        differences = " ".join(" ".join(str(error).splitlines()[1:]).split())
+        return model
+    except (ValueError, RuntimeError) as error:
+        differences = " ".join(str(error).split()).removeprefix(
+            "Error(s) in loading state_dict for "
+        )
         raise UserError(f"{path}: not the weights of an APC model: {differences}") from None
 
 
-def model_flags(mel_dim: int, prenet_config: PrenetConfig | None, rnn_config: RNNConfig) -> dict:
-    """Those of train.py's flags that follow from the weights."""
+def model_flags(model: APCModel) -> dict:
+    """Those of train.py's flags that say what the model is."""
     return {
-        "feature_dim": mel_dim,
-        "prenet_num_layers": prenet_config.num_layers if prenet_config else 0,
-        "rnn_type": rnn_config.rnn_type,
-        "rnn_num_layers": rnn_config.num_layers,
-        "rnn_hidden_size": rnn_config.hidden_size,
+        "feature_dim": model.mel_dim,
+        "prenet_num_layers": len(model.prenet.layers) if model.prenet else 0,
+        "rnn_type": model.rnn_type,
+        "rnn_num_layers": model.num_layers,
+        "rnn_hidden_size": model.hidden_size,
+        "rnn_residual": bool(model.rnn_residual),
     }
 
 
-def read_config(path: str, found: dict) -> dict:
-    """The config.json beside a model; {} if there is none, or it is another model's.
-
-    Raises:
-        UserError: it contradicts the weights.
-    """
-    path = os.path.realpath(path)  # of a link, what it points to
-    config_path = os.path.join(os.path.dirname(path), "config.json")
-    config = read_json(config_path) or {}
-    # train.py's names its experiment, and --to_state_dict's the file that it was written with.
-    name = config.get("state_dict") or config.get("experiment_name")
-    if name and not re.fullmatch(
-        rf"{re.escape(str(name))}(__epoch_\d+\.model)?", os.path.basename(path)
-    ):
-        logging.warning("%s: belongs to %s, and is not used for %s", config_path, name, path)
-        return {}
-    for flag, value in found.items():
-        if config.get(flag, value) != value:
-            raise UserError(
-                f"{config_path}: {flag} is {config[flag]}, but {path} has {value}: keep models in "
-                "separate folders, each with its own config.json"
-            )
-    return config
+def read_config(path: str | os.PathLike) -> dict:
+    """The model's config.json, in its directory or, if `path` is a link, in that of its target; {}
+    if there is none, or it is another model's."""
+    target = os.path.realpath(path)
+    names = {os.path.basename(path), os.path.basename(target)}
+    for folder in dict.fromkeys(map(os.path.dirname, (os.path.abspath(path), target))):
+        config_path = os.path.join(folder, "config.json")
+        config = read_json(config_path)
+        if config is None:
+            continue
+        # train.py's names its experiment, and --to_state_dict's the file that it was written with.
+        owner = config.get("state_dict") or config.get("experiment_name")
+        pattern = rf"{re.escape(str(owner))}(__epoch_\d+\.model)?"
+        if not owner or any(re.fullmatch(pattern, name) for name in names):
+            return config
+        logging.warning("%s: belongs to %s; ignored for %s", config_path, owner, path)
+    return {}
 
 
-def training_data(config: dict, name: str) -> dict | None:
-    """A model's flags -> prepared.json of what it was trained on, or None if unknown."""
-    try:
-        first = (config.get("data") or [None])[0]
-        if first is None:
-            return None
-        from_audio = first["source"] == "audio"
-        cmvn = first["cmvn"] if from_audio else first.get("cmvn", "none")
-        if cmvn not in CMVN_KINDS:
-            raise ValueError(f"cmvn {cmvn!r}")
-        for key in ("norm_vars", "unbiased_vars"):
-            if not isinstance(first.get(key, False), bool):
-                raise ValueError(f"{key} {first[key]!r}")
-        if from_audio or first.get("fbank") is not None:
-            # Every option, of old files too; TypeError if it is no dict.
-            first = first | {"fbank": fbank_settings({} | first["fbank"])}
-        if from_audio and cmvn == "global":
-            stats = np.array(first["cmvn_stats"], np.float64)
-            is_finite = np.isfinite(stats).all() and stats[0, -1] >= 1
-            if not is_finite or stats.shape != (2, first["fbank"]["num_mel_bins"] + 1):
-                raise ValueError("cmvn_stats")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{name}: config.json: its entry on the training data is incomplete or wrong: {error}"
-        ) from None
-    return first
-
-
-def find_residual(path: str, config: dict) -> bool:
-    """Whether a model is residual, from its flags or its name; else UserError."""
-    if isinstance(config.get("rnn_residual"), bool):
-        return config["rnn_residual"]
+def find_residual(path: str | os.PathLike, config: dict, unknown: bool | None) -> bool:
+    """Whether a model is residual: from its flags, its name, or `unknown`; else UserError."""
     name = RELEASED_NAME.match(os.path.basename(path))
+    if "rnn_residual" in config:
+        return config["rnn_residual"]
     if name:
         return name["residual"] is not None
+    if unknown is not None:
+        return unknown
     raise UserError(
-        f"{path}: weights do not show whether a model has residual connections, and no config.json "
-        "beside them says so: give --residual or --no_residual (in Python, residual=...)"
+        f"{path}: the weights do not show whether the model has residual connections, and there is "
+        "no config.json in the same directory that says so: give --residual or --no_residual (in "
+        "Python, residual=...)"
     )
+
+
+# Features of speech -------------------------------------------------------------------------------
+
+
+def training_data(config: dict, name: str | os.PathLike) -> dict | None:
+    """A model's config -> prepared.json of its (first) training data, with every fbank option
+    filled in; None if it is not known."""
+    first = (config.get("data") or [None])[0]
+    if first is None or first.get("fbank") is None:
+        return first
+    try:
+        return first | {"fbank": fbank_settings(first["fbank"])}
+    except ValueError as error:
+        raise UserError(f"{name}: the fbank options of its training data: {error}") from None
+
+
+def frame_settings(prepared: dict | None) -> tuple[dict, CMVN, np.ndarray | None]:
+    """training_data() -> how a model's log-Mel frames are made of audio: fbank settings, CMVN, and
+    the training data's statistics if those normalise all speech (--cmvn global)."""
+    if prepared is None or prepared["source"] != "audio":
+        logging.warning(
+            "it is not known how the log-Mel features that the model was trained on were made: "
+            "using the original's fbank settings and mean normalisation per speaker"
+        )
+        return fbank_settings(), CMVN("speaker"), None
+    cmvn = CMVN.from_prepared(prepared)
+    stats = np.array(prepared["cmvn_stats"]) if cmvn.kind == "global" else None
+    return prepared["fbank"], cmvn, stats
+
+
+def parse_layer(name: str, model: APCModel) -> int | list[int] | slice | str:
+    """The flag --layer -> `layers`, as choose_layers() takes it."""
+    if name == "mean":
+        return name
+    if name == "all":
+        return slice(None)
+    numbers = [model.num_reps - 1] if name == "last" else []
+    if re.fullmatch(r"\d{1,3}(,\d{1,3})*", name):
+        numbers = [int(number) for number in name.split(",")]
+    if not numbers or max(numbers) >= model.num_reps:
+        choices = ["last", "all", "mean", *map(str, range(model.num_reps))]
+        if model.prenet is not None:
+            choices[3] += " (the prenet's output)"
+        raise UserError(f"--layer {name}: this model has: {', '.join(choices)}, or a list like 0,1")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def choose_layers(internal_reps: Tensor, layers: int | list[int] | slice | str) -> Tensor:
+    """(L, B, T, H) -> ((layers,) B, T, H)."""
+    return internal_reps.mean(dim=0) if layers == "mean" else internal_reps[layers]
+
+
+def check_length(model: APCModel, utt_id: str, num_frames: int) -> None:
+    """UserError if an utterance is longer than a Transformer takes; a warning if longer than any
+    that it was trained on."""
+    if model.rnn_type != "transformer":
+        return
+    way_out = "prepare_data.py --long_utterances split divides long utterances"
+    if num_frames > MAX_FRAMES:
+        raise UserError(
+            f"utterance {utt_id}: {num_frames} frames, but a Transformer takes at most "
+            f"{MAX_FRAMES} at once: {way_out}"
+        )
+    longest = ((model.config.get("data") or [None])[0] or {}).get("max_seq_len")
+    if longest is not None and num_frames > longest:
+        logging.warning(
+            "utterance %s has %d frames, but the Transformer was trained on at most %d, and its "
+            "features of later frames may be poor: %s",
+            *(utt_id, num_frames, longest, way_out),
+        )
+
+
+@torch.inference_mode()
+def features_of(
+    model: APCModel, chunks: Iterable[Tensor], num_frames: int, layers: int | list | slice | str
+) -> Tensor:
+    """One utterance of any length -> its features ((layers,) T, H), on the CPU.
+
+    Args:
+        model: in eval mode.
+        chunks: the utterance's log-Mel frames, some of them (t, D) at a time.
+        num_frames: T. A GRU or LSTM takes the chunks one by one, in memory that does not grow.
+        layers: parse_layer().
+    """
+    device = next(model.parameters()).device
+    if model.rnn_type == "transformer":
+        inputs = torch.cat([*chunks])[None].to(device)
+        internal_reps = model(inputs, [num_frames])[1]
+        return choose_layers(internal_reps, layers)[..., 0, :, :].cpu()
+    features, state, done = None, None, 0
+    for chunk in chunks:
+        _, internal_reps, state = model.stream(chunk[None].to(device), state)
+        new = choose_layers(internal_reps, layers)[..., 0, :, :].cpu()  # ((layers,) t, H)
+        if features is None:
+            features = new.new_empty(*new.shape[:-2], num_frames, new.shape[-1])
+        features[..., done : done + len(chunk), :] = new
+        done += len(chunk)
+    return features
+
+
+class FeatureExtractor:
+    """Features of speech, exactly as `extract_features.py --audio FILE` makes them.
+
+        extractor = FeatureExtractor("pretrained/apc_3x512_n3.pt")
+        x = extractor("speech.wav")              # (T, H) float32, 100 frames per second
+        x = extractor(samples, 16000)            # float in [-1, 1] or int16
+
+    Log-Mel features are made as those of the model's training data; where these were normalised
+    per speaker or utterance, over the recording.
+
+    Args:
+        path, device, residual: as in load_pretrained().
+        layer: last, all, mean, a number from 0 (the lowest) or a list like "0,2".
+        resample: convert other sampling rates.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        layer: str | int = "last",
+        device: str | torch.device = "cpu",
+        residual: bool | None = None,
+        resample: bool = False,
+    ):
+        from formats import audio  # which needs packages that loading a model does not
+
+        self.arguments = (path, layer, device, residual, resample)
+        self.audio, self.resample = audio, resample
+        self.model, config = load_with_config(path, device, residual)
+        self.layers = parse_layer(str(layer), self.model)
+        self.fbank, self.cmvn, self.stats = frame_settings(training_data(config, path))
+        bins, mel_dim = self.fbank["num_mel_bins"], self.model.mel_dim
+        if bins != mel_dim:
+            raise UserError(f"{path}: it reads {mel_dim} log-Mel bins, but fbank makes {bins}")
+
+    def __reduce__(self):
+        return FeatureExtractor, self.arguments
+
+    def __call__(
+        self, speech: str | os.PathLike | np.ndarray | Tensor, sample_rate: float | None = None
+    ) -> Tensor:
+        """-> (T, H) float32 on the CPU, or (layers, T, H) if several layers were asked for.
+
+        Args:
+            speech: an audio file of one channel; or samples (N,), float in [-1, 1] or int16.
+            sample_rate: of the samples, Hz.
+
+        Raises:
+            UserError: another sampling rate, several channels, a file that cannot be decoded.
+        """
+        if isinstance(speech, str | os.PathLike):
+            name = os.path.splitext(os.path.basename(speech))[0]
+            recording = self.audio.Recording(name, os.fspath(speech))
+            options = {"settings": self.fbank, "resample": self.resample, "notes": []}
+            blocks = self.audio.read_fbank_blocks(recording, **options)
+        else:
+            name, samples = "samples", self._check(np.asarray(speech), sample_rate)
+            blocks = fbank_blocks([samples], self.fbank, name)
+        try:
+            frames = np.concatenate([*blocks])
+        except BadUtterance as error:
+            raise UserError(str(error).replace("--resample", "resample=True")) from None
+        check_length(self.model, name, len(frames))
+        stats = cmvn_stats(frames) if self.stats is None else self.stats
+        frames = torch.from_numpy(self.cmvn.apply(frames, stats))
+        return features_of(self.model, frames.split(4096), len(frames), self.layers)
+
+    def _check(self, samples, rate):
+        """The caller's samples -> float32 in 16-bit range, at the model's sampling rate."""
+        expected = self.fbank["sample_rate"]
+        if samples.dtype.kind == "f" and np.abs(samples).max(initial=0) <= self.audio.LOUDEST:
+            samples = samples * FULL_SCALE
+        elif samples.dtype != np.int16:
+            raise UserError("samples: expected int16, or floating-point values in [-1, 1]")
+        if samples.ndim != 1:
+            raise UserError(f"samples: expected one channel (N,), found {samples.shape}")
+        if rate != expected and not (rate and self.resample):
+            raise UserError(
+                f"samples: expected a sampling rate of {expected:g} Hz, found {rate} "
+                "(resample=True converts others)"
+            )
+        samples = samples.astype(np.float32)
+        if rate == expected:
+            return samples
+        return np.concatenate([*self.audio._resample([samples], rate, expected)])
 
 
 # The script ---------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Load a trained APC model: say what it is, or convert it.",
-        formatter_class=HelpFormatter,
+    parser = new_parser("Load a trained APC model: describe it, or convert it.", EXAMPLES)
+    group = parser.add_argument_group("model")
+    group.add_argument("checkpoint", metavar="FILE", help="file with the model's weights")
+    add_residual_flags(group)
+    add = parser.add_argument_group("output").add_argument
+    add("--to_s3prl", metavar="OUT", help="write a checkpoint for s3prl's upstream apc_local")
+    add("--to_onnx", metavar="OUT", help="write a streaming model for ONNX Runtime")
+    add(
+        "--to_state_dict",
+        metavar="OUT",
+        help="write a state dict, and config.json in the same directory",
     )
-    parser.add_argument("checkpoint", metavar="FILE", help="the model")
-    add_residual_flags(parser)
-    add = parser.add_argument_group("conversion").add_argument
-    add("--to_s3prl", metavar="OUT", help="write it for s3prl's apc_local upstream")
-    add("--to_onnx", metavar="OUT", help="write it for ONNX Runtime, as it streams")
-    add("--to_state_dict", metavar="OUT", help="write bare weights, and config.json beside them")
     return parser
 
 
-def add_residual_flags(parser: argparse.ArgumentParser) -> None:
+def add_residual_flags(group: argparse._ActionsContainer) -> None:
     """--residual and --no_residual, for models that do not say."""
-    add = parser.add_mutually_exclusive_group().add_argument
-    default = "what its config.json or name says"
+    add = group.add_mutually_exclusive_group().add_argument
+    default = "what the file, its config.json or its name says"
     yes, no = f"the model has residual connections (default: {default})", "the model has none"
     add("--residual", action="store_true", default=None, help=yes)
     add("--no_residual", dest="residual", action="store_false", help=no)
@@ -266,21 +475,37 @@ def add_residual_flags(parser: argparse.ArgumentParser) -> None:
 
 def describe(model: APCModel) -> dict:
     """What a model is, for people."""
-    rnn = model.rnns[0]
-    return {
-        "RNN layers": len(model.rnns),
-        "RNN type": type(rnn).__name__,
-        "hidden size": rnn.hidden_size,
-        "residual": "yes" if model.rnn_residual else "no",
-        "prenet": f"{len(model.prenet.layers)} layers" if model.prenet else "none",
-        "mel_dim": model.mel_dim,
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+    is_rnn = model.rnn_type != "transformer"
+    about = {
+        "layers": f"{model.num_layers} {model.rnn_type.upper() if is_rnn else 'Transformer'}",
+        "hidden size": model.hidden_size,
     }
+    if is_rnn:
+        about["residual"] = "yes" if model.rnn_residual else "no"
+        about["prenet"] = f"{len(model.prenet.layers)} layers" if model.prenet else "none"
+    about["mel_dim"] = model.mel_dim
+    about["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
+    return about
 
 
 def summary(model: APCModel) -> str:
     """The same in one line."""
     return ", ".join(f"{name} {value}" for name, value in describe(model).items())
+
+
+def describe_training(config: dict, name: str) -> dict:
+    """What is known of a model's training, for people."""
+    data, about = training_data(config, name), {"time shift n": config.get("time_shift", "unknown")}
+    if data is None or data["source"] != "audio":
+        return about | {"trained on": "Kaldi's features" if data else "unknown", "fbank": "unknown"}
+    cmvn, usual = CMVN.from_prepared(data), fbank_settings()
+    changes = [f"{key} {value}" for key, value in data["fbank"].items() if value != usual[key]]
+    what = f"{'mean and variance' if cmvn.norm_vars else 'mean'} (--cmvn {cmvn.kind})"
+    return about | {
+        "trained on": "audio",
+        "normalised": "nothing" if cmvn.kind == "none" else what,
+        "fbank": "the original's" + (", but " + ", ".join(changes) if changes else ""),
+    }
 
 
 def write_bytes(content: bytes, path: str) -> None:
@@ -291,8 +516,10 @@ def write_bytes(content: bytes, path: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     setup_logging()
+    set_numerics()
     model, config = load_with_config(args.checkpoint, residual=args.residual)
-    for name, value in ({"checkpoint": args.checkpoint} | describe(model)).items():
+    about = {"checkpoint": args.checkpoint} | describe(model)
+    for name, value in (about | describe_training(config, args.checkpoint)).items():
         print(f"{name + ':':14}{value}")
     if not (args.to_s3prl or args.to_onnx or args.to_state_dict):
         return

@@ -1,40 +1,35 @@
-"""Train an APC model on prepared folders.
+"""Train an APC model on prepared datasets.
 
     python train.py --librispeech_path data --rnn_residual --time_shift 3 --experiment_name apc
-    python train.py ... --resume                       # go on after a crash, a kill, a time limit
-    torchrun --nproc_per_node=4 train.py ...           # several GPUs, or --nnodes for more machines
+    python train.py ... --resume                       # after a crash, a kill, a time limit
+    torchrun --nproc_per_node=4 train.py ...           # several GPUs; with --nnodes several nodes
     tensorboard --logdir logs
 
-Writes <store_path>/<experiment_name>.dir/: <experiment_name>__epoch_<k>.model (weights; k = 0 is
-before training), last.ckpt (all that --resume needs), config.json (the flags), metrics.jsonl, a
+Writes <store_path>/<experiment_name>.dir/: <experiment_name>__epoch_<k>.model (a state dict; k = 0
+is before training), last.ckpt (all that --resume needs), config.json (the flags), metrics.jsonl, a
 log, and <experiment_name>.tb_log for TensorBoard.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from apc_model import APCModel, MeanLosses, apc_loss, mean_losses
+from apc_model import APCModel, LossSums, MeanLosses, apc_loss
 from datasets import (
     BatchSampler,
     LibriSpeech,
@@ -44,85 +39,105 @@ from datasets import (
     read_batches,
     warn_of_other_data,
 )
-from load_pretrained import infer_configs, load_pretrained, model_flags, summary
+from load_pretrained import load_with_config, model_flags, summary, training_data
 from utils import (
-    HelpFormatter,
+    SIGNALS,
     PrenetConfig,
     RNNConfig,
     UserError,
     __version__,
+    add_group,
+    catch_signals,
     load,
     lock_folder,
+    new_parser,
     not_negative,
-    on_each_core,
     positive,
-    report_machine_errors,
+    progress_bar,
     run_main,
     save,
+    set_numerics,
     setup_logging,
     start_processes,
     write_json,
 )
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the first and the last
 MAX_SKIPPED = 20  # steps in a row without a finite loss and gradient
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = (optim.Adam, optim.Adadelta, optim.SGD, optim.Adagrad, optim.RMSprop)
-OPTIMIZERS = {optimizer.__name__.lower(): optimizer for optimizer in OPTIMIZERS}
+OPTIMIZERS = {
+    "adam": optim.Adam,
+    "adadelta": optim.Adadelta,
+    "sgd": optim.SGD,
+    "adagrad": optim.Adagrad,
+    "rmsprop": optim.RMSprop,
+}
+
+# Flags --------------------------------------------------------------------------------------------
+
+EXAMPLES = """\
+  python train.py --rnn_residual --time_shift 3 --experiment_name apc
+  python train.py --rnn_residual --time_shift 3 --experiment_name apc --resume
+  python train.py --rnn_type transformer --rnn_num_layers 4 --time_shift 3 \\
+      --learning_rate 0.001 --lr_schedule cosine --warmup_steps 1000 --experiment_name t_apc
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    text = "Train an APC model on prepared folders."
-    parser = argparse.ArgumentParser(description=text, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("model").add_argument
+    parser = new_parser("Train an APC model on prepared datasets.", EXAMPLES)
+    add = add_group(parser, "input")
+    path, splits = "./librispeech_data/preprocessed", ["train-clean-360"]
+    add("--librispeech_path", default=path, help="folder of the prepared datasets")
+    add("--train_split", nargs="+", default=splits, metavar="SPLIT", help="datasets to train on")
+    add("--valid_split", default="dev-clean", metavar="SPLIT", help="dataset to validate on")
+    add("--feature_dim", type=positive, metavar="D", help="log-Mel bins to expect (default: any)")
+    add("--no_bucketing", action="store_true", help="mix lengths in a batch, as the original does")
+
+    add = add_group(parser, "output")
+    add("--experiment_name", default="foo", help="name of the run")
+    add("--store_path", default="./logs", help="parent of the run's folder")
+    add("--save_steps", type=positive, default=1000, help="steps between writes of last.ckpt")
+    add("--keep_epochs", type=positive, metavar="K", help="keep only the newest K models, the best")
+    add("--resume", action="store_true", help="continue exactly from last.ckpt, if there is one")
+
+    add = add_group(parser, "model")
+    types = ["gru", "lstm", "transformer"]
+    add("--rnn_type", choices=types, default="gru", help="layer type")
+    add("--rnn_num_layers", type=positive, default=3, help="number of layers")
+    add("--rnn_hidden_size", type=positive, default=512, help="units of each layer")
+    where = "each RNN layer but the last, or each Transformer sublayer"
+    add("--rnn_dropout", type=float, default=0.0, help=f"dropout after {where}")
+    add("--rnn_residual", action="store_true", help="add each RNN layer's input to its output")
     add("--prenet_num_layers", type=not_negative, default=0, help="ReLU layers before the RNN")
     add("--prenet_dropout", type=float, default=0.0, help="dropout after each prenet layer")
-    add("--rnn_type", choices=["gru", "lstm"], default="gru", help="kind of the RNN layers")
-    add("--rnn_num_layers", type=positive, default=3, help="RNN layers")
-    add("--rnn_hidden_size", type=positive, default=512, help="units of each layer")
-    add("--rnn_dropout", type=float, default=0.0, help="dropout after each RNN layer but the last")
-    add("--rnn_residual", action="store_true", help="add a layer's input to its output")
-    add("--init_checkpoint", metavar="FILE", help="start from the weights of this model")
+    add("--init_checkpoint", metavar="FILE", help="start from a model's weights")
 
-    add = parser.add_argument_group("training").add_argument
+    add = add_group(parser, "optimisation")
+    add("--time_shift", type=positive, default=1, help="n, how many frames ahead to predict")
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="adadelta has its own rate, 1.0")
-    add("--batch_size", type=positive, default=32, help="utterances of a step, over all processes")
-    add("--learning_rate", type=float, default=0.0001, help="learning rate, the same throughout")
+    add("--batch_size", type=positive, default=32, help="utterances per step, over all processes")
+    add("--learning_rate", type=float, default=0.0001, help="learning rate, after the warm-up")
+    schedules = ["constant", "cosine"]
+    text = "learning rate constant, or falling to 0 over the run's steps"
+    add("--lr_schedule", choices=schedules, default="constant", help=text)
+    text = "steps in which the learning rate rises linearly from 0"
+    add("--warmup_steps", type=not_negative, default=0, metavar="N", help=text)
     add("--epochs", type=not_negative, default=100, help="passes over the training data")
-    add("--time_shift", type=positive, default=1, help="n: from frame t, predict frame t + n")
-    add("--clip_thresh", type=float, default=1.0, help="largest norm of the gradient")
-    add("--mask_padding", action="store_true", help="leave the padding out of the loss")
-    add("--seed", type=not_negative, default=0, help="of weights, order of the data, and dropout")
+    add("--max_steps", type=positive, metavar="N", help="stop after N steps (default: no limit)")
+    add("--clip_thresh", type=float, default=1.0, help="clip the gradient norm to this value")
+    add("--mask_padding", action="store_true", help="exclude the padding from the loss")
+    text = "random seed (initialisation, shuffling, dropout)"
+    add("--seed", type=not_negative, default=0, help=text)
 
-    add = parser.add_argument_group("data").add_argument
-    path, splits = "./librispeech_data/preprocessed", ["train-clean-360"]
-    add("--librispeech_path", default=path, help="folder that holds the splits' folders")
-    add("--train_split", nargs="+", default=splits, metavar="SPLIT", help="folders to train on")
-    add("--valid_split", default="dev-clean", metavar="SPLIT", help="folder to validate on")
-    add("--feature_dim", type=positive, metavar="D", help="width of a frame (default: the data's)")
-    add("--no_bucketing", action="store_true", help="mix lengths in a batch, as the original does")
+    add = add_group(parser, "hardware")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", choices=devices, default="auto", help="where to compute")
+    text = "autocast precision; weights stay fp32 (on CUDA, autocast computes RNNs in fp16 always)"
+    add("--precision", choices=DTYPES, default="fp32", help=text)
+    add("--tf32", action="store_true", help="compute fp32 in TensorFloat-32 on CUDA")
+    text = "gradient accumulation: split each batch into K micro-batches (same batch size)"
+    add("--accumulate_steps", type=positive, default=1, metavar="K", help=text)
     add("--load_data_workers", type=not_negative, default=2, help="processes that load data")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--experiment_name", default="foo", help="name of the run")
-    add("--store_path", default="./logs", help="where the run's folder is made")
-    add("--max_steps", type=positive, metavar="N", help="end the run after N steps")
-    add("--save_steps", type=positive, default=1000, help="steps between two writes of last.ckpt")
-    add("--keep_epochs", type=positive, metavar="K", help="keep the newest K models and the best")
-    add("--resume", action="store_true", help="go on from last.ckpt, exactly; without one, start")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    add("--precision", choices=DTYPES, default="fp32", help="of products; weights stay fp32")
-    add("--tf32", action="store_true", help="on CUDA, products in TensorFloat-32")
-    add("--accumulate_steps", type=positive, default=1, help="parts that a batch is done in")
     return parser
-
-
-# What may differ between a run and its --resume, because the weights do not depend on it.
-MAY_CHANGE_ON_RESUME = {"librispeech_path", "load_data_workers", "device", "accumulate_steps"} | {
-    *("init_checkpoint", "epochs", "store_path", "max_steps", "save_steps", "keep_epochs", "resume")
-}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,10 +153,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     name = args.experiment_name
     if os.path.basename(name) != name or name in taken or not name.isprintable():
         parser.error(f"--experiment_name {name!r}: expected a name without '/', and not of {taken}")
+    if args.rnn_type == "transformer":
+        if args.rnn_residual:
+            parser.error("--rnn_residual is for RNNs: a Transformer's blocks are always residual")
+        if args.prenet_num_layers:
+            parser.error("--prenet_num_layers is for RNNs: a Transformer has no prenet")
+        if args.rnn_hidden_size % 64:
+            parser.error(
+                f"--rnn_hidden_size {args.rnn_hidden_size}: expected a multiple of 64, the size of "
+                "a Transformer's attention heads"
+            )
+    args.train_split = [os.path.normpath(split) for split in args.train_split]  # completed slashes
+    args.valid_split = os.path.normpath(args.valid_split)
     return args
 
 
-# Set-up -------------------------------------------------------------------------------------------
+# Data and model -----------------------------------------------------------------------------------
 
 
 def open_split(args: argparse.Namespace, flag: str, split: str) -> LibriSpeech:
@@ -159,452 +186,624 @@ def open_data(args: argparse.Namespace) -> tuple[list[LibriSpeech], LibriSpeech]
 
     Without a --feature_dim, `args` gets that of the data.
     """
-    splits = [open_split(args, "train_split", split) for split in args.train_split]
+    train_sets = [open_split(args, "train_split", split) for split in args.train_split]
     valid_set = open_split(args, "valid_split", args.valid_split)
     expected = f"--feature_dim is {args.feature_dim}"
     if args.feature_dim is None:
-        args.feature_dim = splits[0].mel_dim
-        expected = f"those of {splits[0].path} have {args.feature_dim}"
-    for split in [*splits, valid_set]:
-        width = split.mel_dim
-        if width != args.feature_dim:
-            raise UserError(f"{split.path}: its frames have {width} numbers, but {expected}")
-        warn_of_other_data(splits[0].prepared, split)
-    if len({split.seq_len for split in splits}) > 1:
-        found = ", ".join(f"{split.path}: {split.seq_len}" for split in splits)
+        args.feature_dim = train_sets[0].mel_dim
+        expected = f"{train_sets[0].path} has {args.feature_dim}"
+    for split in [*train_sets, valid_set]:
+        if split.mel_dim != args.feature_dim:
+            raise UserError(f"{split.path}: its frames have {split.mel_dim} bins, but {expected}")
+        warn_of_other_data(train_sets[0].prepared, split)
+    if len({split.seq_len for split in train_sets}) > 1:
+        found = ", ".join(f"{split.path}: {split.seq_len}" for split in train_sets)
         raise UserError(f"the training splits differ in max_seq_len ({found}): prepare them alike")
-    return splits, valid_set
+    return train_sets, valid_set
 
 
-class Run:
-    """What the parts of a run share; at first, as a run starts."""
-
-    def __init__(self, args, path: str, signals: set, rank: int, world_size: int, device):
-        self.args, self.device = args, device
-        self.path = path  # <store_path>/<experiment_name>.dir
-        self.signals = signals  # those received, whenever that is
-        self.rank, self.world_size = rank, world_size  # this process, of so many
-
-        splits, valid_set = open_data(args)
-        self.train_loader = self.loader(Utterances(splits), shuffle=True)
-        self.valid_loader = self.loader(Utterances([valid_set]), shuffle=False)
-        self.seq_len, self.valid_seq_len = splits[0].seq_len, valid_set.seq_len
-        self.prepared = [split.prepared for split in splits]
-        # The training data's utterances, frames, and a checksum of names, lengths and settings.
-        table = [(name, split.lengths[name]) for split in splits for name in split.ids]
-        elsewhere = dict.fromkeys(("path", "utt2spk", "version"))  # data may move
-        made = [(prepared or {}) | elsewhere for prepared in self.prepared]
-        checksum = zlib.crc32(json.dumps([table, made]).encode())
-        self.fingerprint = [len(table), sum(frames for _, frames in table), checksum]
-
-        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn, torch.backends.cudnn.conv)
-        for backend in backends:
-            backend.fp32_precision = "tf32" if args.tf32 else "ieee"
-        torch.manual_seed(args.seed % 2**64)
-        mel_dim, width, prenet = args.feature_dim, args.rnn_hidden_size, None
-        rnn = (width, args.rnn_num_layers, args.rnn_dropout, args.rnn_residual, args.rnn_type)
-        if args.prenet_num_layers:
-            prenet = PrenetConfig(mel_dim, width, args.prenet_num_layers, args.prenet_dropout)
-        rnn = RNNConfig(width if prenet else mel_dim, *rnn)
-        self.model = APCModel(mel_dim, prenet, rnn).to(device)
-        # Adadelta keeps its own rate, as in the original release.
-        rate = {} if args.optimizer == "adadelta" else {"lr": args.learning_rate}
-        self.optimizer = OPTIMIZERS[args.optimizer](self.model.parameters(), **rate)
-        # bf16 needs it too: on CUDA, PyTorch's autocast does RNN layers in fp16 all the same.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision != "fp32")
-        # A CPU's cores take shares of a batch, unless threads would mix up dropout's generator, or
-        # autocast's cache of weights.
-        mixed_up = args.precision != "fp32" or args.rnn_dropout or args.prenet_dropout
-        self.on_each_share = on_each_core
-        if mixed_up or device.type != "cpu":
-            self.on_each_share = lambda function, *batch: [function(*batch)]
-        # With the weights, all that --resume needs. "batch" and "sums" are of this epoch; the sums
-        # are of errors in real frames and in padding, of utterances, and of frames.
-        self.state = {"epoch": 0, "batch": 0, "step": 0, "sums": [0] * 4, "metrics_size": 0}
-        self.state |= {"skipped": 0, "skipped_in_a_row": 0, "best_loss": math.inf, "best_epoch": 0}
-        self.writer = None  # TensorBoard's, in the first process alone
-
-    def loader(self, dataset: Utterances, shuffle: bool) -> DataLoader:
-        args, world_size, num_frames = self.args, self.world_size, dataset.num_frames
-        order = (args.batch_size, shuffle, not args.no_bucketing, args.seed, self.rank, world_size)
-        sampler = BatchSampler(num_frames, *order)
-        frames = -(-min(args.batch_size, len(dataset)) // world_size) * num_frames.max()
-        workers = (args.load_data_workers, self.device, world_size)
-        return build_loader(dataset, sampler, frames, *workers, persistent=True)
-
-    def loss(self, losses: MeanLosses) -> float | Tensor:
-        """The one of the two means that is trained on."""
-        return losses.per_real_frame if self.args.mask_padding else losses.with_padding
+def open_loader(
+    splits: list[LibriSpeech],
+    shuffle: bool,
+    args: argparse.Namespace,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> DataLoader:
+    dataset = Utterances(splits)
+    options = (shuffle, not args.no_bucketing, args.seed, rank, world_size)
+    sampler = BatchSampler(dataset.num_frames, args.batch_size, *options)
+    return build_loader(dataset, sampler, args.load_data_workers, device, persistent=True)
 
 
-def load_weights(run: Run) -> None:
-    """Start from the weights of --init_checkpoint; UserError if the flags give another model."""
-    args, path = run.args, run.args.init_checkpoint
-    model = load_pretrained(path, residual=args.rnn_residual)
-    for flag, size in model_flags(*infer_configs(model.state_dict(), path)).items():
-        if getattr(args, flag) != size:
-            raise UserError(f"{path}: --{flag} is {getattr(args, flag)}, but the file's is {size}")
-    if not is_finite(model):
+def fingerprint(train_sets: list[LibriSpeech]) -> list[int]:
+    """The training data's utterances, frames, and a checksum of names, lengths and settings."""
+    table = [(name, split.lengths[name]) for split in train_sets for name in split.ids]
+    elsewhere = dict.fromkeys(("path", "utt2spk", "version"))  # data may move
+    settings = [(split.prepared or {}) | elsewhere for split in train_sets]
+    checksum = zlib.crc32(json.dumps([table, settings]).encode())
+    return [len(table), sum(frames for _, frames in table), checksum]
+
+
+def build_model(args: argparse.Namespace) -> APCModel:
+    mel_dim, hidden_size = args.feature_dim, args.rnn_hidden_size
+    prenet = None
+    if args.prenet_num_layers:
+        prenet = PrenetConfig(mel_dim, hidden_size, args.prenet_num_layers, args.prenet_dropout)
+    rnn = RNNConfig(
+        input_size=hidden_size if prenet else mel_dim,
+        hidden_size=hidden_size,
+        num_layers=args.rnn_num_layers,
+        dropout=args.rnn_dropout,
+        residual=args.rnn_residual,
+        rnn_type=args.rnn_type,
+    )
+    return APCModel(mel_dim, prenet, rnn)
+
+
+def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpeech) -> None:
+    """Start from --init_checkpoint; UserError if the flags describe another model."""
+    path = args.init_checkpoint
+    loaded, config = load_with_config(path, unknown_residual=args.rnn_residual)
+    for flag, value in model_flags(loaded).items():
+        if getattr(args, flag) != value:
+            found = f"--{flag} is {getattr(args, flag)}, but the file's is {value}"
+            raise UserError(f"{path}: {found}")
+    if not is_finite(loaded):
         raise UserError(f"{path}: its weights are not finite")
-    run.model.load_state_dict(model.state_dict())
+    model.load_state_dict(loaded.state_dict())
+    warn_of_other_data(training_data(config, path), train_set)
+
+
+def build_schedule(
+    args: argparse.Namespace, optimizer: optim.Optimizer, step: int, steps_per_epoch: int
+) -> optim.lr_scheduler.LRScheduler:
+    """The learning rate of each step, from `step` on: it follows from the flags alone."""
+    warmup = args.warmup_steps
+    total = min(args.max_steps or math.inf, args.epochs * steps_per_epoch)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if args.lr_schedule == "constant":
+            return 1.0
+        done = (step - warmup) / max(1, total - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+
+    return optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
+
+
+# The step -----------------------------------------------------------------------------------------
+
+
+def micro_batches(
+    inputs: Tensor, lengths: Tensor, num_parts: int, args: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut this process' part of a batch for gradient accumulation, each to its longest utterance.
+
+    Yields inputs (B, T, D) on the device, and lengths (B,) on the CPU.
+    """
+    least = args.time_shift + 1
+    if not len(lengths):  # fewer utterances than processes: one of length 0 counts for nothing
+        inputs, lengths = torch.zeros(1, least, args.feature_dim), torch.zeros(1, dtype=torch.int64)
+    for part, part_lengths in zip(inputs.chunk(num_parts), lengths.chunk(num_parts)):
+        # Slice after the copy: only that of contiguous pinned memory is asynchronous.
+        longest = max(int(part_lengths.max()), least)
+        yield part.to(device, non_blocking=True)[:, :longest], part_lengths
+
+
+def reduce_over_processes(sums: LossSums, received: list, parameters: list[Tensor]) -> Tensor:
+    """Add up losses and gradients over the processes of a distributed run.
+
+    The signals that ask the run to stop ride along, so that all processes stop at the same step.
+
+    Returns:
+        float32: the losses over valid frames and padding, and for each of SIGNALS how many
+        processes have received it.
+    """
+    flags = [float(number in received) for number in SIGNALS]
+    values = torch.stack([sums.valid, sums.padding])
+    values = torch.cat([values, values.new_tensor(flags)])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+    return values
+
+
+def trained_loss(losses: MeanLosses, args: argparse.Namespace) -> float | Tensor:
+    """The one of the two means that is trained on."""
+    return losses.per_valid_frame if args.mask_padding else losses.with_padding
+
+
+def train_step(
+    model: APCModel,
+    optimizer: optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: tuple[Tensor, Tensor],
+    whole: LossSums,
+    received: list,
+    args: argparse.Namespace,
+    seq_len: int,
+) -> tuple[LossSums, float, int | None]:
+    """One optimizer step.
+
+    Args:
+        batch: this process' inputs (B, T, D) and lengths (B,).
+        whole: the counts of the whole batch, over all processes.
+        received: signals, as utils.catch_signals() gives them.
+        seq_len: frames to which the utterances are padded on disk.
+
+    Returns:
+        The whole batch's summed losses, the gradient norm before clipping, and the signal by which
+        the run is to stop, or None. Where loss or norm is not finite, the weights are unchanged.
+    """
+    n, bias = args.time_shift, model.postnet.layer.bias
+    parameters = [*model.parameters()]
+    sums = LossSums()
+    for inputs, lengths in micro_batches(*batch, args.accumulate_steps, args, bias.device):
+        with autocast(args, bias.device):
+            predicted, _ = model(inputs[:, :-n], (lengths - n).clamp(min=0), need_reps=False)
+        part = apc_loss(predicted, inputs, lengths, n, seq_len, bias)
+        # A mean over the whole batch, so that gradients add up over parts and processes.
+        share = dataclasses.replace(part, utterances=whole.utterances, frames=whole.frames)
+        loss = trained_loss(share.means(n, seq_len), args)
+        scaler.scale(loss).backward()
+        sums = sums + part.detach()
+    values = reduce_over_processes(sums, received, parameters)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip_thresh)
+    valid, padding, *flags, norm = torch.cat([values, norm[None]]).tolist()  # waits for the device
+    if math.isfinite(valid + padding + norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return LossSums(valid, padding, whole.utterances, whole.frames), norm, first_signal(flags)
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    dtype = DTYPES[args.precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def first_signal(flags: list[float]) -> int | None:
+    """The last part of reduce_over_processes() -> the number of a signal, or None."""
+    return next((number for number, flag in zip(SIGNALS, flags) if flag), None)
+
+
+# An epoch -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. last.ckpt keeps it."""
+
+    epoch: int = 0  # epochs that are complete
+    batch: int = 0  # batches of the current epoch that are done
+    step: int = 0
+    sums: LossSums = dataclasses.field(default_factory=LossSums)  # of the current epoch
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_a_row: int = 0
+    overflows: int = 0  # steps that GradScaler skipped to find its scale
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    metrics_size: int = 0  # bytes of metrics.jsonl
+
+    def count_step(self, sums: LossSums, norm: float, loss_scale: float) -> None:
+        self.batch += 1
+        self.step += 1
+        loss = sums.valid + sums.padding
+        if math.isfinite(loss + norm):
+            self.skipped_in_a_row = 0
+            self.sums = self.sums + sums
+        elif math.isfinite(loss) and loss_scale > 1:  # GradScaler finds its scale by overflows
+            self.overflows += 1
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+    def end_epoch(self, valid_loss: float) -> None:
+        self.epoch += 1
+        if valid_loss < self.best_loss:
+            self.best_loss, self.best_epoch = valid_loss, self.epoch
+        self.batch, self.sums = 0, LossSums()
+
+
+def name_bad_utterances(inputs: Tensor, ids: list[str], what: str) -> None:
+    bad = [utt_id for utt_id, frames in zip(ids, inputs) if not frames.isfinite().all()]
+    if bad:
+        logging.error(f"{what}: frames that are NaN or infinite in {', '.join(bad)}")
+
+
+def train_epoch(
+    parts: dict, schedule, loader, received: list, args, seq_len: int, progress: Progress, run
+) -> int | None:
+    """Train from `progress` to the epoch's end, or to --max_steps -> a signal to stop by, or None.
+
+    Args:
+        parts: the model, optimizer and scaler, by these names.
+        run: the RunFolder that checkpoints and metrics go to.
+    """
+    parts["model"].train()
+    sampler = loader.batch_sampler
+    sampler.set_epoch(progress.epoch, progress.batch)
+    bar = progress_bar(
+        zip(sampler.whole_batches(), read_batches(loader)),
+        desc=f"epoch {progress.epoch + 1}",
+        total=len(sampler),
+        initial=progress.batch,
+        unit="step",
+        disable=run.rank > 0,
+    )
+    start = time.perf_counter()
+    for indices, (inputs, lengths, ids) in bar:
+        # Dropout follows from the step, so that a resumed run drops what it would have dropped.
+        torch.manual_seed(zlib.crc32(f"{args.seed} {run.rank} {progress.step}".encode()))
+        whole = LossSums(utterances=len(indices), frames=int(sampler.lengths[indices].sum()))
+        rate, loss_scale = schedule.get_last_lr()[0], parts["scaler"].get_scale()
+        batch = (inputs, lengths)
+        sums, norm, stop = train_step(
+            **parts, batch=batch, whole=whole, received=received, args=args, seq_len=seq_len
+        )
+        schedule.step()
+        progress.count_step(sums, norm, loss_scale)
+        now = time.perf_counter()
+        speed, start = whole.frames / (now - start), now
+        losses = sums.means(args.time_shift, seq_len)
+        bar.set_postfix_str(f"loss {trained_loss(losses, args):.4f}, {speed:.0f} frames/s", False)
+        run.log_step(losses, norm, speed, rate, progress)
+        if progress.skipped_in_a_row:
+            name_bad_utterances(inputs, ids, f"step {progress.step - 1} is skipped")
+        if progress.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"step {progress.step}: {MAX_SKIPPED} steps in a row had no finite loss or "
+                f"gradient: look at the data, or start from {run.path}/last.ckpt with a lower "
+                "--learning_rate"
+            )
+        if progress.step % args.save_steps == 0:
+            run.save(parts, progress)
+        if stop or progress.step == args.max_steps:
+            return stop
+    return None
+
+
+# Evaluation ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: APCModel, loader, received: list, args: argparse.Namespace, seq_len: int
+) -> tuple[MeanLosses, int | None]:
+    """The validation set's losses, and a signal that interrupted their computation, or None."""
+    model.eval()
+    n, bias = args.time_shift, model.postnet.layer.bias
+    valid = padding = 0.0
+    for batch_inputs, batch_lengths, ids in read_batches(loader):
+        [(inputs, lengths)] = micro_batches(batch_inputs, batch_lengths, 1, args, bias.device)
+        with autocast(args, bias.device):
+            predicted, _ = model(inputs[:, :-n], (lengths - n).clamp(min=0), need_reps=False)
+        sums = apc_loss(predicted, inputs, lengths, n, seq_len, bias)
+        losses = reduce_over_processes(sums, received, parameters=[]).tolist()
+        if not math.isfinite(sum(losses[:2])):
+            name_bad_utterances(batch_inputs, ids, "validation")
+        valid, padding = valid + losses[0], padding + losses[1]
+        if stop := first_signal(losses[2:]):
+            return MeanLosses(math.nan, math.nan), stop
+    lengths = loader.dataset.num_frames
+    sums = LossSums(valid, padding, len(lengths), int(lengths.sum()))
+    return sums.means(n, seq_len), None
+
+
+def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespace):
+    """A figure: the first validation utterance (at most 400 frames), above its prediction."""
+    from matplotlib.figure import Figure
+
+    n = args.time_shift
+    frames, length, utt_id = dataset[0]
+    frames = frames[: min(length, 400 + n)]
+    inputs = frames[None, :-n].to(model.postnet.layer.bias.device)
+    with torch.no_grad():
+        predicted = model(inputs, [len(frames) - n])[0][0].float().cpu()
+    target = frames[n:]
+    low, high = np.percentile(target.nan_to_num(), [1, 99])
+    extent = (0.01 * n, 0.01 * len(frames), -0.5, frames.shape[1] - 0.5)
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots(2, sharex=True)
+    for axis, mel, name in zip(axes, (target, predicted), ("target", "prediction")):
+        image = axis.imshow(mel.T, origin="lower", aspect="auto", extent=extent, clim=(low, high))
+        axis.set_ylabel(f"{name}: mel channel")
+    if len(utt_id) > 60:
+        utt_id = f"{utt_id[:28]} ... {utt_id[-28:]}"
+    title = f"{utt_id}\npredicted n = {n} frames ahead"
+    axes[0].set_title(title, parse_math=False, fontsize="medium")
+    axes[1].set_xlabel("seconds, at 10 ms per frame")
+    figure.colorbar(image, ax=axes, label="log-Mel, as in the data")
+    return figure
+
+
+# What a run keeps ---------------------------------------------------------------------------------
+
+# What may differ between a run and its --resume, because the weights do not depend on it.
+MAY_CHANGE_ON_RESUME = {
+    *("librispeech_path", "load_data_workers", "device", "accumulate_steps", "init_checkpoint"),
+    *("epochs", "store_path", "max_steps", "save_steps", "keep_epochs", "resume"),
+}
+
+
+class RunFolder:
+    """<store_path>/<experiment_name>.dir: checkpoints, metrics, log. Only rank 0 writes there.
+
+    `data` is what it keeps of the training data: "data" (prepared.json) and "data_fingerprint".
+    """
+
+    def __init__(self, args: argparse.Namespace, rank: int, data: dict):
+        self.args = args
+        self.rank = rank
+        self.data = data
+        self.path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
+        self.writer = None  # TensorBoard's
+        self.can_draw = True
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a run to resume. UserError rather than overwrite a run."""
+        if self.args.resume and os.path.exists(os.path.join(self.path, "last.ckpt")):
+            return True
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        if names and not self.args.resume:
+            raise UserError(
+                f"{self.path}: this experiment exists: --resume it, or choose another name"
+            )
+        # A run that was killed before its first checkpoint has nothing to lose.
+        if any(name.endswith(".model") and not name.endswith("__epoch_0.model") for name in names):
+            raise UserError(f"{self.path}: there are models, but no last.ckpt to --resume from")
+        return False
+
+    def open(self, progress: Progress) -> None:
+        """Make the folder ready: lock, log, metrics, config.json, TensorBoard."""
+        if self.rank > 0:
+            return
+        os.makedirs(self.path, exist_ok=True)
+        self.lock = lock_folder(self.path)
+        setup_logging(os.path.join(self.path, self.args.experiment_name))
+        metrics = os.path.join(self.path, "metrics.jsonl")
+        if os.path.exists(metrics):  # a resumed run will log what came after its checkpoint again
+            os.truncate(metrics, min(progress.metrics_size, os.path.getsize(metrics)))
+        config = vars(self.args) | {"data": self.data["data"], "version": __version__}
+        write_json(config, os.path.join(self.path, "config.json"))
+        tb_log = os.path.join(self.path, f"{self.args.experiment_name}.tb_log")
+        self.writer = SummaryWriter(tb_log, purge_step=progress.step)
+
+    def log_step(
+        self, losses: MeanLosses, norm: float, speed: float, rate: float, progress: Progress
+    ) -> None:
+        others = {"gradient norm": norm, "frames per second": speed}
+        others["skipped steps"] = progress.skipped
+        if self.args.precision != "fp32":
+            others["overflow steps"] = progress.overflows
+        if self.args.lr_schedule != "constant" or self.args.warmup_steps:
+            others["learning rate"] = rate
+        self._log("step", progress.step - 1, {"training loss": losses}, others, progress)
+
+    def log_epoch(self, training: MeanLosses, validation: MeanLosses, progress: Progress) -> None:
+        losses = {"training loss": training, "validation loss": validation}
+        self._log("epoch", progress.step, losses, {}, progress)
+
+    def _log(self, unit, step, losses, others, progress):
+        """A line of metrics.jsonl, and TensorBoard's curves, of a "step" or an "epoch".
+
+        The loss that is trained on has the original's tags. TensorBoard makes a group of what
+        stands before a slash, sorts the groups, and opens the first two: the losses come first.
+        """
+        if self.rank > 0:
+            return
+        line = {"epoch": progress.epoch + 1, "step": step} | others
+        curves = {f"while training/{name}": value for name, value in others.items()}
+        for name, means in losses.items():
+            kinds = {"": means.with_padding, "without padding/": means.per_valid_frame}
+            if self.args.mask_padding:
+                kinds = {"": means.per_valid_frame, "with padding/": means.with_padding}
+            curves |= {f"{group}{name} ({unit}-wise)": value for group, value in kinds.items()}
+            line[name] = kinds[""]
+            line[f"{name} with padding"] = means.with_padding
+            line[f"{name} per real frame"] = means.per_valid_frame
+        for tag, value in curves.items():
+            self.writer.add_scalar(tag, value, progress.epoch if unit == "epoch" else step)
+        line = {key.replace(" ", "_"): x if math.isfinite(x) else None for key, x in line.items()}
+        path = os.path.join(self.path, "metrics.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.metrics_size = os.path.getsize(path)
+
+    def draw(self, model: APCModel, dataset: Utterances, epoch: int) -> None:
+        """Show a validation utterance and its prediction in TensorBoard."""
+        if self.rank > 0 or not self.can_draw:
+            return
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's own may not be installed here
+        try:
+            import matplotlib
+
+            with matplotlib.rc_context():
+                matplotlib.rcdefaults()
+                figure = draw_prediction(model, dataset, self.args)
+                self.writer.add_figure("validation utterance (epoch-wise)", figure, epoch)
+        except Exception as error:  # a picture is not worth a run
+            self.can_draw = False
+            logging.warning("no picture of the validation utterance: %s", error)
+
+    def save(self, parts: dict, progress: Progress) -> None:
+        """Write last.ckpt, all that --resume needs; between two epochs the epoch's model too.
+
+        It needs no random states: the order of the data follows from (seed, epoch), dropout from
+        (seed, rank, step), and the learning rate from the step.
+        """
+        if self.rank > 0:
+            return
+        model, step = parts["model"], progress.step
+        if not is_finite(model):
+            raise UserError(
+                f"step {step}: the weights are not finite, and are not saved: start from "
+                f"{self.path}/last.ckpt with a lower --learning_rate"
+            )
+        self.writer.flush()  # a resumed run shows nothing before this again
+        if progress.batch == 0:
+            start = os.path.join(self.path, f"{self.args.experiment_name}__epoch_")
+            save(model.state_dict(), f"{start}{progress.epoch}.model")
+            keep = self.args.keep_epochs
+            for old in range(progress.epoch - keep + 1) if keep else ():
+                if old != progress.best_epoch and os.path.exists(f"{start}{old}.model"):
+                    os.remove(f"{start}{old}.model")
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        saved |= {"progress": dataclasses.asdict(progress), "flags": vars(self.args)} | self.data
+        save(saved, os.path.join(self.path, "last.ckpt"))
+
+    def restore(self, parts: dict) -> Progress:
+        """Continue from last.ckpt; UserError if it is of another run."""
+        path = os.path.join(self.path, "last.ckpt")
+        saved = load(path, verify=True)
+        expected = {*parts, *self.data, "progress", "flags"}
+        if not isinstance(saved, dict) or saved.keys() != expected:
+            raise UserError(
+                f"{path}: expected a checkpoint of this version of train.py, with "
+                f"{', '.join(sorted(expected))}"
+            )
+        flags = saved["flags"]
+        check_flags(flags, self.args, path)
+        was, now = saved["data_fingerprint"], self.data["data_fingerprint"]
+        if was != now:
+            what = "the training data (utterances, frames, checksum of names, lengths and settings)"
+            raise UserError(f"{path}: {what} were {was} in this run, and are {now} now")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        self.args.init_checkpoint = flags["init_checkpoint"]  # for config.json
+        return Progress(**saved["progress"] | {"sums": LossSums(**saved["progress"]["sums"])})
+
+
+def check_flags(before: dict, args: argparse.Namespace, path: str) -> None:
+    """UserError if a flag that the weights depend on has changed since a run's checkpoint."""
+    may_change = MAY_CHANGE_ON_RESUME
+    if args.rnn_dropout or args.prenet_dropout:
+        may_change = may_change - {"accumulate_steps"}  # the masks depend on it
+    for flag, now in vars(args).items():
+        was = before.get(flag)
+        if was == now:
+            continue
+        if flag not in may_change:
+            raise UserError(f"{path}: --{flag} was {was} in this run, and is {now} now")
+        if flag in ("epochs", "max_steps") and args.lr_schedule == "cosine":
+            logging.warning(
+                "--%s was %s and is %s now: from here the learning rate follows the cosine of a "
+                "run of the new length, which is not the cosine that it has followed so far",
+                flag,
+                was,
+                now,
+            )
 
 
 def is_finite(model: APCModel) -> bool:
     return all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def announce(run: Run) -> None:
-    """Log what the run is about to do."""
-    args, (utterances, frames, _) = run.args, run.fingerprint
-    for line in (
-        f"{'going on with' if run.state['step'] else 'training'} {run.path}",
-        f"model: {summary(run.model)}",
-        f"data: {utterances} utterances, {frames} frames, {frames / 360000:.2f} hours at 10 ms; "
-        f"validation: {len(run.valid_loader.dataset)} utterances",
-        f"device: {run.device}, {args.precision}, {run.world_size} process(es)",
-        f"loss: L1 of the frame {args.time_shift} ahead, averaged over "
-        + ("real frames" if args.mask_padding else "all positions, padding included"),
-    ):
-        logging.info(line)
-
-
-# One epoch ----------------------------------------------------------------------------------------
-
-
-def all_reduce(values: Tensor) -> Tensor:
-    """Sum a tensor over the processes of the run, in place; alone, leave it as it is."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-class Batch(NamedTuple):
-    """This process' share of a batch, and how much is in the whole of it."""
-
-    inputs: Tensor  # (B, T, D)
-    lengths: Tensor  # (B,)
-    ids: list[str]
-    utterances: int  # over all processes, as is
-    frames: int
-
-
-def batches(run: Run, loader: DataLoader) -> Iterator[Batch]:
-    """Yield a loader's batches; SystemExit, before the next one, once any process has a signal."""
-    for inputs, lengths, ids in read_batches(loader):
-        flags = [int(number in run.signals) for number in SIGNALS]
-        # By way of the CPU, so that no device is waited for.
-        counts = all_reduce(torch.tensor([len(lengths), int(lengths.sum()), *flags])).tolist()
-        for number, count in zip(SIGNALS, counts[2:]):
-            if count:
-                sys.exit(128 + number)
-        yield Batch(inputs, lengths, ids, *counts[:2])
-
-
-def forward_loss(run: Run, inputs: Tensor, lengths: Tensor, seq_len: int) -> Tensor:
-    """A batch on the host -> its summed L1 errors [real frames, padding], (2,) on the device."""
-    n, model = run.args.time_shift, run.model
-    if not len(lengths):  # fewer utterances than processes: this one's counts for nothing
-        inputs, lengths = torch.zeros(1, n + 1, model.mel_dim), torch.zeros(1)
-    longest = max(int(lengths.max()), n + 1)
-    # Slice after the copy: only that of a whole pinned tensor is asynchronous.
-    inputs = inputs.to(run.device, non_blocking=True)[:, :longest]
-    lengths = lengths.to(run.device, non_blocking=True)
-    dtype = DTYPES[run.args.precision]
-    with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        predicted_mel, _ = model(inputs[:, :-n], lengths - n)
-    bias = model.postnet.layer.bias
-    return torch.stack(apc_loss(predicted_mel, inputs, lengths, n, seq_len, bias))
-
-
-def name_bad_utterances(batch: Batch, what: str) -> None:
-    bad = [utt_id for utt_id, frames in zip(batch.ids, batch.inputs) if not frames.isfinite().all()]
-    if bad:
-        logging.error(f"{what}: frames that are NaN or infinite in {', '.join(bad)}")
-
-
-def train_epoch(run: Run) -> None:
-    """Train from the state's batch to the epoch's end, or to --max_steps."""
-    run.model.train()
-    args, state, loader = run.args, run.state, run.train_loader
-    loader.batch_sampler.set_epoch(state["epoch"], state["batch"])
-    options = {"total": len(loader.batch_sampler), "initial": state["batch"], "unit": "step"}
-    options["mininterval"] = 0.1 if sys.stderr.isatty() else 30  # seconds
-    epoch = f"epoch {state['epoch'] + 1}"
-    with tqdm(batches(run, loader), epoch, **options, disable=run.rank > 0) as bar:
-        start = time.perf_counter()
-        for batch in bar:
-            sums, norm = train_step(run, batch)
-            loss = run.loss(mean_losses(*sums, args.time_shift, run.seq_len))
-            now = time.perf_counter()
-            speed, start = batch.frames / (now - start), now
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} frames/s", refresh=False)
-            count_step(run, batch, sums, norm, speed)
-            if state["step"] % args.save_steps == 0:
-                save_run(run)
-            if state["step"] == args.max_steps:
-                break
-
-
-def train_step(run: Run, batch: Batch) -> tuple[list, float]:
-    """One optimizer step, unless it is not finite -> sums as in the state, gradient norm."""
-    args, parameters, seq_len = run.args, [*run.model.parameters()], run.seq_len
-    # Dropout follows from the step alone, so that a resumed run drops what it would have dropped.
-    torch.manual_seed(zlib.crc32(f"{args.seed} {run.rank} {run.state['step']}".encode()))
-
-    def backward(inputs, lengths):
-        sums = forward_loss(run, inputs, lengths, seq_len)
-        # Divided by the size of the whole batch, so that gradients add up to those of its mean.
-        losses = mean_losses(*sums, batch.utterances, batch.frames, args.time_shift, seq_len)
-        return sums.detach(), torch.autograd.grad(run.scaler.scale(run.loss(losses)), parameters)
-
-    sums, gradients = torch.zeros(2, device=run.device), None
-    parts = (tensor.chunk(args.accumulate_steps) for tensor in (batch.inputs, batch.lengths))
-    for inputs, lengths in zip(*parts):
-        for share_sums, share in run.on_each_share(backward, inputs, lengths):
-            sums += share_sums
-            gradients = [a + b for a, b in zip(gradients, share)] if gradients else share
-    all_reduce(sums)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = all_reduce(gradient.contiguous())
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_thresh)
-    *sums, norm = torch.stack([*sums, norm]).tolist()  # waits for the device
-    if math.isfinite(sum(sums) + norm):
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return [*sums, batch.utterances, batch.frames], norm
-
-
-def count_step(run: Run, batch: Batch, sums: list, norm: float, speed: float) -> None:
-    """Add a step to the run's state, and log it."""
-    state, losses = run.state, mean_losses(*sums, run.args.time_shift, run.seq_len)
-    if math.isfinite(sum(sums) + norm):
-        state["skipped_in_a_row"] = 0
-        state["sums"] = [a + b for a, b in zip(state["sums"], sums)]
-    else:
-        state["skipped"] += 1
-        state["skipped_in_a_row"] += 1
-        name_bad_utterances(batch, f"step {state['step']} is skipped")
-    others = {"gradient norm": norm, "frames per second": speed, "skipped steps": state["skipped"]}
-    log_metrics(run, "step", {"training loss": losses}, others)
-    if state["skipped_in_a_row"] >= MAX_SKIPPED:
-        raise UserError(
-            f"step {state['step']}: {MAX_SKIPPED} steps in a row had no finite loss or gradient: "
-            f"look at the data, or start from {run.path}/last.ckpt with a lower --learning_rate"
-        )
-    state["batch"] += 1
-    state["step"] += 1
-
-
-def evaluate(run: Run) -> MeanLosses:
-    """The validation set's losses."""
-    run.model.eval()
-    loader, seq_len = run.valid_loader, run.valid_seq_len
-    sums = torch.zeros(2, dtype=torch.float64)
-    forward = torch.no_grad()(partial(forward_loss, run, seq_len=seq_len))
-    for batch in batches(run, loader):
-        batch_sums = sum(run.on_each_share(forward, batch.inputs, batch.lengths)).cpu()
-        if not batch_sums.isfinite().all():
-            name_bad_utterances(batch, "validation")
-        sums += batch_sums
-    num_frames = loader.dataset.num_frames.tolist()
-    counts = (len(num_frames), sum(num_frames))
-    return mean_losses(*all_reduce(sums).tolist(), *counts, run.args.time_shift, seq_len)
-
-
-def end_epoch(run: Run) -> None:
-    """Validate and tell; log a whole epoch and go on to the next, but not one that is cut."""
-    state, number = run.state, run.state["epoch"] + 1
-    training = mean_losses(*state["sums"], run.args.time_shift, run.seq_len)
-    validation = evaluate(run)
-    train_loss, valid_loss = run.loss(training), run.loss(validation)
-    text = f"Epoch: {number} Training Loss: {train_loss:.5f} Validation Loss: {valid_loss:.5f}"
-    logging.info(text)
-    if is_whole_epoch(run):
-        losses = {"training loss": training, "validation loss": validation}
-        log_metrics(run, "epoch", losses, {})
-        if run.writer:
-            tag = "validation utterance (epoch-wise)"
-            run.writer.add_figure(tag, plot_prediction(run), state["epoch"])
-        if valid_loss < state["best_loss"]:
-            state |= {"best_loss": valid_loss, "best_epoch": number}
-        state |= {"epoch": number, "batch": 0, "sums": [0, 0, 0, 0]}
-    save_run(run)
-
-
-def is_whole_epoch(run: Run) -> bool:
-    return run.state["batch"] == len(run.train_loader.batch_sampler)
-
-
-# What a run keeps ---------------------------------------------------------------------------------
-
-
-def log_metrics(run: Run, unit: str, losses: dict[str, MeanLosses], others: dict) -> None:
-    """A line of metrics.jsonl, and the curves of TensorBoard, of a "step" or an "epoch".
-
-    The loss that is trained has the original's tags. TensorBoard makes a group of what stands
-    before a slash, sorts the groups, and opens the first two: the others come after the losses.
-    """
-    if run.rank > 0:
-        return
-    args, state = run.args, run.state
-    line = {"epoch": state["epoch"] + 1, "step": state["step"]} | others
-    curves = {f"while training/{name}": value for name, value in others.items()}
-    for name, (with_padding, per_real_frame) in losses.items():
-        kinds = {"": with_padding, "without padding/": per_real_frame}
-        if args.mask_padding:
-            kinds = {"": per_real_frame, "with padding/": with_padding}
-        curves |= {f"{group}{name} ({unit}-wise)": value for group, value in kinds.items()}
-        line[name] = kinds[""]
-        line |= {f"{name} with padding": with_padding, f"{name} per real frame": per_real_frame}
-    for tag, value in curves.items():
-        run.writer.add_scalar(tag, value, state[unit])
-    line = {key.replace(" ", "_"): x if math.isfinite(x) else None for key, x in line.items()}
-    path = os.path.join(run.path, "metrics.jsonl")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    state["metrics_size"] = os.path.getsize(path)
-
-
-def plot_prediction(run: Run) -> Figure:
-    """The first validation utterance, at most 400 frames of it, above the model's prediction."""
-    n = run.args.time_shift
-    frames, length, utt_id = run.valid_loader.dataset[0]
-    frames = frames[: min(length, 400 + n)]
-    inputs, lengths = frames[None, :-n].to(run.device), torch.tensor([len(frames) - n])
-    with torch.no_grad():
-        predicted = run.model(inputs, lengths)[0][0].float().cpu()
-    target = frames[n:]
-    low, high = np.percentile(target.nan_to_num(), [1, 99])
-    extent = (0.01 * n, 0.01 * len(frames), -0.5, frames.shape[1] - 0.5)
-    figure = Figure(figsize=(6, 4.5))
-    axes = figure.subplots(2, sharex=True)
-    for axis, mel, name in zip(axes, (target, predicted), ("target", "prediction")):
-        image = axis.imshow(mel.T, origin="lower", aspect="auto", extent=extent, clim=(low, high))
-        axis.set_ylabel(f"{name}: mel channel")
-    axes[0].set_title(f"{utt_id}, predicted n = {n} frames ahead", parse_math=False)
-    axes[1].set_xlabel("seconds, at 10 ms a frame")
-    figure.colorbar(image, ax=axes, label="log-Mel, as in the data")
-    return figure
-
-
-def save_run(run: Run) -> None:
-    """Write last.ckpt, all that --resume needs; and between two epochs the epoch's model.
-
-    There are no random states in it: the order of the data follows from (seed, epoch), and dropout
-    from (seed, process, step).
-    """
-    if run.rank > 0:
-        return
-    args, state = run.args, run.state
-    if not is_finite(run.model):
-        raise UserError(
-            f"step {state['step']}: the weights are not finite, and are not saved: start from "
-            f"{run.path}/last.ckpt with a lower --learning_rate"
-        )
-    run.writer.flush()  # a resumed run shows nothing before this again
-    if state["batch"] == 0:
-        start = os.path.join(run.path, f"{args.experiment_name}__epoch_")
-        save(run.model.state_dict(), f"{start}{state['epoch']}.model")
-        for old in range(state["epoch"] - args.keep_epochs + 1) if args.keep_epochs else ():
-            if old != state["best_epoch"] and os.path.exists(f"{start}{old}.model"):
-                os.remove(f"{start}{old}.model")
-    saved = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
-    saved |= {"state": state, "flags": vars(args)}
-    saved |= {"data": run.prepared, "data_fingerprint": run.fingerprint}
-    save(saved, os.path.join(run.path, "last.ckpt"))
-
-
-def restore_run(run: Run) -> None:
-    """Go back to where last.ckpt was written; UserError if it is of another run."""
-    path = os.path.join(run.path, "last.ckpt")
-    saved = load(path, verify=True)
-    parts = {"model", "optimizer", "scaler", "state", "flags", "data", "data_fingerprint"}
-    if not isinstance(saved, dict) or saved.keys() != parts:
-        raise UserError(f"{path}: expected what train.py saves, with {', '.join(sorted(parts))}")
-    for flag, now in vars(run.args).items():
-        was = saved["flags"].get(flag)
-        if flag not in MAY_CHANGE_ON_RESUME and was != now:
-            raise UserError(f"{path}: --{flag} was {was} in this run, and is {now} now")
-    was, now = saved["data_fingerprint"], run.fingerprint
-    if was != now:
-        what = "the training data (utterances, frames, checksum of names, lengths and settings)"
-        raise UserError(f"{path}: {what} were {was} in this run, and are {now} now")
-    for part in ("model", "optimizer", "scaler"):
-        getattr(run, part).load_state_dict(saved[part])
-    run.state.update(saved["state"])
-    run.args.init_checkpoint = saved["flags"]["init_checkpoint"]  # for config.json
-
-
-def find_run(args: argparse.Namespace, path: str) -> bool:
-    """Whether there is a checkpoint to go on from. UserError rather than overwrite a run."""
-    if args.resume and os.path.exists(os.path.join(path, "last.ckpt")):
-        return True
-    names = os.listdir(path) if os.path.isdir(path) else []
-    if names and not args.resume:
-        raise UserError(f"{path}: this experiment exists: --resume it, or choose another name")
-    # A run that was killed before its first checkpoint holds nothing to lose.
-    if any(name.endswith(".model") and not name.endswith("__epoch_0.model") for name in names):
-        raise UserError(f"{path}: holds models, but no last.ckpt to --resume from")
-    return False
-
-
-def open_folder(run: Run) -> None:
-    """Make the run's folder ready, in the first process: log, metrics, config.json, TensorBoard."""
-    if run.rank > 0:
-        return
-    args, state = run.args, run.state
-    os.makedirs(run.path, exist_ok=True)
-    lock_folder(run.path)
-    setup_logging(os.path.join(run.path, args.experiment_name))
-    metrics = os.path.join(run.path, "metrics.jsonl")
-    if os.path.exists(metrics):  # what a resumed run will log again goes
-        os.truncate(metrics, min(state["metrics_size"], os.path.getsize(metrics)))
-    config = vars(args) | {"data": run.prepared, "version": __version__}
-    write_json(config, os.path.join(run.path, "config.json"))
-    threading.excepthook = lambda _: None  # TensorBoard's thread hands its errors on
-    tb_log = os.path.join(run.path, f"{args.experiment_name}.tb_log")
-    run.writer = SummaryWriter(tb_log, purge_step=state["step"])
+def log_losses(training: MeanLosses, validation: MeanLosses, args, progress: Progress) -> None:
+    losses = f"Training Loss: {trained_loss(training, args):.5f} "
+    losses += f"Validation Loss: {trained_loss(validation, args):.5f}"
+    logging.info(f"Epoch: {progress.epoch + 1} {losses}")
 
 
 # The run ------------------------------------------------------------------------------------------
 
 
+def check_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Reject or warn of a precision that the device does not compute in."""
+    if device.type != "cpu":
+        return
+    if args.precision == "fp16":
+        raise UserError("--precision fp16 needs a GPU: on a CPU use bf16, or fp32")
+    if args.precision == "bf16" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            if "bf16" not in file.read():
+                logging.warning("this CPU has no bf16 instructions: bf16 is slower here than fp32")
+
+
+def announce(args, model, train_loader, valid_loader, device, world_size, run, progress) -> None:
+    """Log what the run is about to do."""
+    frames = train_loader.dataset.num_frames
+    for line in (
+        f"{'resuming' if progress.step else 'training'} {run.path}"
+        f"{f' after {progress.step} steps' if progress.step else ''}",
+        f"model: {summary(model)}",
+        f"data: {', '.join(args.train_split)} of {args.librispeech_path}: {len(frames)} "
+        f"utterances, {frames.sum()} frames, {frames.sum() / 360000:.2f} hours at 10 ms; "
+        f"validation: {args.valid_split}, {len(valid_loader.dataset)} utterances",
+        f"optimisation: {args.epochs} epochs of {len(train_loader.batch_sampler)} steps, batch "
+        f"size {args.batch_size}, {args.optimizer}, learning rate {args.learning_rate} "
+        f"({args.lr_schedule}, {args.warmup_steps} warm-up steps)",
+        f"device: {device}, {args.precision}, {world_size} process(es)",
+        f"loss: L1 of the frame n = {args.time_shift} ahead, averaged over "
+        + ("valid frames" if args.mask_padding else "all time steps, padding included"),
+    ):
+        logging.info(line)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup_logging()
-    signals = set()
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: signals.add(number))
+    received = catch_signals()
     rank, world_size, device = start_processes(args.device)
     if rank > 0:
-        logging.getLogger().setLevel(logging.ERROR)  # the first process warns for all
-    path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
-    advice = "lower --batch_size, or raise --accumulate_steps"
-    with report_machine_errors(device, rank, world_size, advice):
-        resuming = bool(all_reduce(torch.tensor(int(rank == 0 and find_run(args, path)))))
-        run = Run(args, path, signals, rank, world_size, device)
-        state, steps = run.state, args.max_steps or math.inf
-        if resuming:
-            restore_run(run)
-        elif args.init_checkpoint:
-            load_weights(run)
-        open_folder(run)
-        announce(run)
-        try:
-            if not resuming:
-                save_run(run)
-            while state["epoch"] < args.epochs and (state["step"] < steps or is_whole_epoch(run)):
-                train_epoch(run)
-                end_epoch(run)
-            logging.info(f"done: {state['epoch']} epochs, {state['step']} steps, see {path}")
-        except SystemExit as stop:  # by a signal
-            save_run(run)
-            name = signal.Signals(stop.code - 128).name
-            logging.info(f"stopped by {name} after {state['step']} steps; use --resume")
-            raise
-        except OSError as error:  # TensorBoard's do not name a file
-            raise UserError(f"{error.filename or path}: {error.strerror}") from None
+        logging.getLogger().setLevel(logging.ERROR)  # rank 0 warns for all
+    check_precision(args, device)
+    set_numerics(args.tf32)
+
+    train_sets, valid_set = open_data(args)
+    train_loader = open_loader(train_sets, True, args, device, rank, world_size)
+    valid_loader = open_loader([valid_set], False, args, device, rank, world_size)
+    data = {"data": [split.prepared for split in train_sets]}
+    data["data_fingerprint"] = fingerprint(train_sets)
+    run = RunFolder(args, rank, data)
+    resuming = torch.tensor(int(rank == 0 and run.has_checkpoint()))
+    if world_size > 1:
+        dist.broadcast(resuming, src=0)
+
+    torch.manual_seed(args.seed % 2**64)
+    model = build_model(args).to(device)
+    rate = {} if args.optimizer == "adadelta" else {"lr": args.learning_rate}
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **rate)
+    # bf16 needs a scaler too: on CUDA, PyTorch's autocast computes RNN layers in fp16 all the same.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision != "fp32")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+
+    progress = Progress()
+    if resuming:
+        progress = run.restore(parts)
+    elif args.init_checkpoint:
+        load_weights(model, args, train_sets[0])
+    epoch_steps = len(train_loader.batch_sampler)
+    schedule = build_schedule(args, optimizer, progress.step, epoch_steps)
+    run.open(progress)
+    announce(args, model, train_loader, valid_loader, device, world_size, run, progress)
+    if not resuming:
+        run.save(parts, progress)
+
+    seq_len, stop = train_sets[0].seq_len, None
+    while progress.epoch < args.epochs and not stop:
+        is_cut = progress.batch < epoch_steps
+        if args.max_steps and progress.step >= args.max_steps and is_cut:
+            break
+        stop = train_epoch(parts, schedule, train_loader, received, args, seq_len, progress, run)
+        if not stop:
+            validation, stop = evaluate(model, valid_loader, received, args, valid_set.seq_len)
+        if not stop:
+            training = progress.sums.means(args.time_shift, seq_len)
+            log_losses(training, validation, args, progress)
+            if progress.batch == epoch_steps:  # not cut by --max_steps
+                run.log_epoch(training, validation, progress)
+                run.draw(model, valid_loader.dataset, progress.epoch)
+                progress.end_epoch(trained_loss(validation, args))
+        run.save(parts, progress)
+    if stop:
+        logging.info(f"stopped by {stop.name} after {progress.step} steps; use --resume")
+        sys.exit(128 + stop)
+    logging.info(f"done: {progress.epoch} epochs, {progress.step} steps, see {run.path}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ from tqdm import tqdm
 __version__ = "2.0.0.dev0"
 
 
+# What asks a run to stop: SLURM sends SIGTERM and SIGUSR1, a lost terminal SIGHUP. Windows has two.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+]
+
+
 class PrenetConfig(NamedTuple):
     """The original release's, positional as there."""
 
@@ -64,10 +72,12 @@ def exit_status(main: Callable[[], None]) -> int:
     try:
         main()
         return 0
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: lower --batch_size; when training, --accumulate_steps K"
+        elif isinstance(error, RuntimeError) and not message.startswith("DataLoader worker"):
+            raise  # PyTorch's notice of a worker that was killed may come anywhere; others are bugs
         message = message.encode("utf-8", "backslashreplace").decode()
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         return 1
@@ -104,6 +114,18 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
     )
 
 
+def add_group(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """A group's add_argument(), which shows the defaults of flags that have one in --help."""
+    group = parser.add_argument_group(title)
+
+    def add(*names, help, **options):
+        if options.get("default") is not None:
+            help = f"{help} (default: %(default)s)"
+        return group.add_argument(*names, help=help, **options)
+
+    return add
+
+
 def positive(text: str, least: int = 1) -> int:
     """An argparse type: an integer of `least` or more."""
     if not text.strip().isdecimal() or int(text) < least:
@@ -137,7 +159,11 @@ def set_numerics(tf32: bool = False) -> None:
 
     Every script calls it, so that a model's features are the same in training and extraction.
     """
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn, torch.backends.cudnn.conv):
+    for backend in (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.rnn,
+        torch.backends.cudnn.conv,
+    ):
         backend.fp32_precision = "tf32" if tf32 else "ieee"
 
 
@@ -201,18 +227,16 @@ def catch_signals() -> list[signal.Signals]:
         os.write(2, text.encode())  # print() might be interrupted within itself
         received.append(signal.Signals(number))
 
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # SLURM sends SIGTERM and SIGUSR1
-        number = getattr(signal, name, None)  # Windows lacks two of them
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
             signal.signal(number, handle)
     return received
 
 
 def ignore_signals(_: int = 0) -> None:
     """In a worker process: leave signals that reach the whole process group to the main process."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _follow_main_process():

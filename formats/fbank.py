@@ -1,13 +1,14 @@
 """Samples to log-Mel frames, as the original's authors made theirs with Kaldi, and CMVN.
 
-    settings = fbank_settings()                                            # the original's
-    frames = fbank(samples, settings, name="84-121123-0000")               # (T, D), 100 a second
-    normalised = apply_cmvn(frames, cmvn_stats(frames), norm_vars=False)   # mean 0
+    settings = fbank_settings()                                     # the original's
+    frames = fbank(samples, settings, name="84-121123-0000")        # (T, D), 100 frames a second
+    centred = CMVN("utterance").apply(frames, cmvn_stats(frames))   # mean 0
 
 T frames, D mel_dim. kaldi-native-fbank is imported by the functions that need it: loading a model
 does not.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -16,15 +17,15 @@ import numpy as np
 
 from utils import BadUtterance, UserError
 
-CMVN_KINDS = ("speaker", "utterance", "global", "none")  # what features are normalised over
+CMVN_KINDS = ("speaker", "utterance", "global", "none")  # what log-Mel features are normalised over
 FULL_SCALE = 32768.0  # of 16-bit integers, which Kaldi takes as they are
 
 # As s3prl computes them, with torchaudio, from samples in [-1, 1].
 S3PRL_FBANK = {"window_type": "hamming", "htk_compat": False, "full_scale": 1.0}
 
 # The original's command is `compute-fbank-feats --window-type=hamming --use-energy=false --dither=1
-# --num-mel-bins=80 --htk-compat=true`, with Kaldi's own defaults for the rest. Dither is 0 here: it
-# adds random noise, and runs would not repeat. `full_scale`, the only option that is not
+# --num-mel-bins=80 --htk-compat=true`, with Kaldi's own defaults for the rest. Dither is 0 here, so
+# that features are those of the recording only. `full_scale`, the one option that is not
 # kaldi-native-fbank's, is what the largest sample becomes; torchaudio, and with it s3prl, has 1.
 ORIGINAL = {
     "full_scale": FULL_SCALE,
@@ -36,17 +37,17 @@ ORIGINAL = {
     "use_energy": False,
     "htk_compat": True,
 }
-KALDI_NAMES = {"sample_rate": "samp_freq", "num_mel_bins": "num_bins"}  # where ours are others
+KALDI_NAMES = {"sample_rate": "samp_freq", "num_mel_bins": "num_bins"}  # where ours differ
 
 
 def fbank_settings(changes: dict | None = None) -> dict:
-    """Every option of the log-Mel features, by name: the original's but for `changes`.
+    """Every option of the log-Mel features, by name: the original's, with `changes`.
 
     The names are kaldi-native-fbank's, without their groups, and sample_rate (Hz) and num_mel_bins
-    as Kaldi's flags are called. The values are plain: they go into JSON and come back.
+    after Kaldi's flags. The values are plain, so that they can be written to JSON.
 
     Raises:
-        ValueError: no such option, a value of another type, or one that means nothing.
+        ValueError: an unknown option, or a value of the wrong type or out of range.
     """
     import kaldi_native_fbank
 
@@ -72,25 +73,43 @@ def fbank_settings(changes: dict | None = None) -> dict:
 
 @functools.cache
 def _options(settings):
-    """The items of fbank_settings() -> kaldi-native-fbank's options."""
+    """The items of fbank_settings() -> kaldi-native-fbank's options. Dither is added elsewhere."""
     import kaldi_native_fbank
 
-    settings = {KALDI_NAMES.get(name, name): value for name, value in settings}
+    settings = {KALDI_NAMES.get(name, name): value for name, value in settings} | {"dither": 0.0}
     options = kaldi_native_fbank.FbankOptions().as_dict()
     for group in (options["frame_opts"], options["mel_opts"], options):
         group |= {name: settings[name] for name in group.keys() & settings.keys()}
     return kaldi_native_fbank.FbankOptions.from_dict(options)
 
 
+def _fbank_input(blocks, settings, utt_id):
+    """Samples in 16-bit range, block by block -> what fbank is computed from: scaled, dithered."""
+    noise = np.random.default_rng([*utt_id.encode("utf-8", "surrogateescape")])
+    for samples in blocks:
+        samples = np.ascontiguousarray(samples, dtype=np.float32)
+        if settings["full_scale"] != FULL_SCALE:
+            samples = samples * np.float32(settings["full_scale"] / FULL_SCALE)
+        if settings["dither"]:
+            added = noise.standard_normal(len(samples), dtype=np.float32)
+            samples = samples + np.float32(settings["dither"]) * added
+        yield samples
+
+
 def fbank_blocks(
-    blocks: Iterable[np.ndarray], settings: dict, name: str = "audio"
+    blocks: Iterable[np.ndarray], settings: dict, name: str = "audio", utt_id: str = ""
 ) -> Iterator[np.ndarray]:
     """Log-Mel energies of one utterance, block by block, in memory that does not grow with it.
 
+    Dither is Gaussian noise that is added to the waveform, seeded by the utterance's id, so that
+    features depend neither on the order of utterances nor on the process that computes them. (Kaldi
+    adds it to each window by itself, so that overlapping windows get independent noise.)
+
     Args:
         blocks: its samples, float32 (samples,) each, in 16-bit range, as audio.read_blocks gives.
-        settings: fbank_settings(). With dither 0 the result repeats exactly.
-        name: what error messages call the utterance: its file.
+        settings: fbank_settings().
+        name: what error messages call the utterance: its file, say.
+        utt_id: the utterance's id, the seed of its dither.
 
     Yields:
         float32 (frames, num_mel_bins), natural logarithm; T frames in all,
@@ -98,7 +117,7 @@ def fbank_blocks(
 
     Raises:
         BadUtterance: fewer samples than one window, energies beyond float32.
-        UserError: options that do not fit each other, such as more mel bins than the window's
+        UserError: options that contradict each other, such as more mel bins than the window's
             spectrum can fill.
     """
     import kaldi_native_fbank
@@ -108,28 +127,21 @@ def fbank_blocks(
         extractor = kaldi_native_fbank.OnlineFbank(_options(tuple(settings.items())))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"fbank options: {' '.join(str(error).split())}") from None
-    for samples in itertools.chain(blocks, [None]):
-        try:
-            if samples is None:
-                extractor.input_finished()
-            else:
-                num_samples += len(samples)
-                samples = np.ascontiguousarray(samples, dtype=np.float32)
-                if settings["full_scale"] != FULL_SCALE:
-                    samples = samples * np.float32(settings["full_scale"] / FULL_SCALE)
-                # Given the array, it would take 40 % more time: the binding reads single items, and
-                # a memoryview makes Python floats of them faster than numpy does its scalars.
-                extractor.accept_waveform(rate, memoryview(samples))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise BadUtterance(f"{name}: no log-Mel energies: {reason}") from None
+    for samples in itertools.chain(_fbank_input(blocks, settings, utt_id), [None]):
+        if samples is None:
+            extractor.input_finished()
+        else:
+            num_samples += len(samples)
+            # Given the array, it would take 40 % more time: the binding reads single items, and
+            # a memoryview makes Python floats of them faster than numpy does its scalars.
+            extractor.accept_waveform(rate, memoryview(samples))
         ready = range(done, extractor.num_frames_ready)
         if ready:
             # There is no call for many frames. The rows belong to the extractor: np.array copies.
             frames = np.array([extractor.get_frame(i) for i in ready])
             if not np.isfinite(frames).all():
                 raise BadUtterance(
-                    f"{name}: log-Mel energies that are NaN or infinite (samples too large)"
+                    f"{name}: its log-Mel energies are NaN or infinite (samples too large)"
                 )
             extractor.pop(len(ready))
             done = ready.stop
@@ -137,41 +149,26 @@ def fbank_blocks(
     if not done:
         window = int(rate * settings["frame_length_ms"] / 1000)
         raise BadUtterance(
-            f"{name}: {num_samples} samples are fewer than one window "
+            f"{name}: its {num_samples} samples are fewer than one window "
             f"({window} samples, {settings['frame_length_ms']:g} ms)"
         )
 
 
-def fbank(samples: np.ndarray, settings: dict, name: str = "audio") -> np.ndarray:
+def fbank(samples: np.ndarray, settings: dict, name: str = "audio", utt_id: str = "") -> np.ndarray:
     """All log-Mel energies of one utterance, float32 (T, num_mel_bins)."""
-    return np.concatenate([*fbank_blocks([samples], settings, name)])
+    return np.concatenate([*fbank_blocks([samples], settings, name, utt_id)])
 
 
 # CMVN ---------------------------------------------------------------------------------------------
 
 
-def cmvn_group(utt_id: str, where: str, cmvn: str, utt2spk: dict[str, str]) -> str:
-    """The name of the group of utterances over which `cmvn` normalises this one.
-
-    Args:
-        utt_id: the utterance's id.
-        where: what an error message calls the place it comes from.
-        cmvn: one of CMVN_KINDS; with "none" every utterance is a group of its own.
-        utt2spk: dict utterance id -> speaker, for "speaker".
-    """
-    if cmvn == "global":
-        return "all"
-    if cmvn != "speaker":
-        return utt_id
-    if utt_id not in utt2spk:
-        raise UserError(f"{where}: utterance {utt_id}: has no speaker in utt2spk")
-    return utt2spk[utt_id]
-
-
 def cmvn_stats(frames: np.ndarray) -> np.ndarray:
-    """Statistics of frames (T, D) for mean and variance normalisation, in Kaldi's layout: float64
-    (2, D + 1), row 0 the sums and, last, T; row 1 the sums of squares and, last, 0. Statistics of
-    several utterances add up to those of all their frames."""
+    """Statistics of frames (T, D) for mean and variance normalisation, in Kaldi's layout.
+
+    Returns:
+        float64 (2, D + 1): row 0 the sums and, last, T; row 1 the sums of squares and, last, 0.
+        Statistics of several utterances add up to those of all their frames.
+    """
     frames = np.asarray(frames, dtype=np.float64)
     stats = np.zeros((2, frames.shape[1] + 1))
     stats[0, :-1] = frames.sum(axis=0)
@@ -180,46 +177,61 @@ def cmvn_stats(frames: np.ndarray) -> np.ndarray:
     return stats
 
 
-def cmvn_settings(prepared: dict) -> tuple[str, dict]:
-    """prepared.json -> its kind of CMVN, and the options of apply_cmvn().
+@dataclasses.dataclass(frozen=True)
+class CMVN:
+    """How frames are normalised: over what, and whether the variance as well as the mean."""
 
-    Folders from before there was norm_vars were normalised by the standard deviation too.
-    """
-    options = {
-        "norm_vars": prepared.get("norm_vars", True),
-        "unbiased": prepared.get("unbiased_vars", False),
-    }
-    return prepared.get("cmvn", "none"), options
+    kind: str  # one of CMVN_KINDS
+    norm_vars: bool = False  # divide by the standard deviation too, as Kaldi's --norm-vars
+    unbiased: bool = False  # estimate the variance with T - 1, as torch.std and so s3prl does
 
+    @classmethod
+    def from_prepared(cls, prepared: dict) -> "CMVN":
+        """From prepared.json. A file without norm_vars is older than the flag: the variance was
+        always normalised then."""
+        kind = prepared.get("cmvn", "none")
+        norm_vars = prepared.get("norm_vars", kind != "none")
+        return cls(kind, norm_vars, prepared.get("unbiased_vars", False))
 
-def apply_cmvn(
-    frames: np.ndarray, stats: np.ndarray, norm_vars: bool, unbiased: bool = False
-) -> np.ndarray:
-    """Normalise frames (T, D) -> float32 (T, D).
+    def group(self, utt_id: str, where: str, utt2spk: dict[str, str]) -> str:
+        """The name of the group of utterances whose statistics normalise this one.
 
-    Args:
-        frames: log-Mel frames.
-        stats: (2, D + 1), as cmvn_stats() gives them; of the frames of a speaker, say.
-        norm_vars: besides subtracting the mean, divide by the standard deviation (Kaldi's
-            --norm-vars, off by default there as here). A dimension that is constant becomes 0.
-        unbiased: estimate the variance with T - 1 in place of T, as torch.std and so s3prl does.
+        Args:
+            utt_id: the utterance's id.
+            where: what an error message calls the place it comes from.
+            utt2spk: dict utterance id -> speaker, for "speaker".
 
-    Raises:
-        ValueError: statistics of no frames, or of another width than the frames'.
-    """
-    count = stats[0, -1]
-    if count < 1 or stats.shape != (2, frames.shape[1] + 1):
-        raise ValueError(
-            f"CMVN statistics {stats.shape} of {count:g} frames for frames {frames.shape}"
-        )
-    mean = stats[0, :-1] / count
-    if not norm_vars:
-        return (frames - mean).astype(np.float32)
-    mean_square = stats[1, :-1] / count
-    variance = mean_square - np.square(mean)
-    # The difference of two nearly equal numbers: below this it is rounding, not variance.
-    varies = variance > 1e-10 * mean_square
-    if unbiased:
-        variance = variance * count / max(count - 1, 1)
-    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-    return ((frames - mean) * scale).astype(np.float32)
+        Raises:
+            UserError: the utterance has no speaker.
+        """
+        if self.kind == "global":
+            return "all"
+        if self.kind != "speaker":
+            return utt_id
+        if utt_id not in utt2spk:
+            raise UserError(f"{where}: utterance {utt_id} has no speaker in utt2spk")
+        return utt2spk[utt_id]
+
+    def apply(self, frames: np.ndarray, stats: np.ndarray | None) -> np.ndarray:
+        """Normalise frames (T, D) -> float32 (T, D); kind "none" returns them as they are.
+
+        A dimension that is constant becomes 0.
+
+        Args:
+            frames: log-Mel frames.
+            stats: (2, D + 1), as cmvn_stats() gives them, of the frames of a speaker, say.
+        """
+        if self.kind == "none":
+            return frames
+        count = stats[0, -1]
+        mean = stats[0, :-1] / count
+        if not self.norm_vars:
+            return (frames - mean).astype(np.float32)
+        mean_square = stats[1, :-1] / count
+        variance = mean_square - np.square(mean)
+        # The difference of two nearly equal numbers: below this it is rounding, not variance.
+        varies = variance > 1e-10 * mean_square
+        if self.unbiased:
+            variance = variance * count / max(count - 1, 1)
+        scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+        return ((frames - mean) * scale).astype(np.float32)

@@ -1,41 +1,84 @@
-"""Kaldi's features: files in, utterances (id, float32 (T, D)) out.
+"""Kaldi's features: files in, utterances out.
 
-A source is a generator of jobs. A job is a callable that can be sent to another process; called, it
-yields (utterance id, frames, where), of which `where` is for messages, "file:line", or a
+A source is a generator of (position, job). A job is a callable that can be sent to another process;
+called, it yields (utterance id, where, read) for some utterances: `where` is what messages call the
+place, "file:line", and read() returns an iterator of blocks of frames, float32 (t, D), or raises
 BadUtterance. So reading is serial and cheap, and parsing is parallel.
 
-A file's ending and its first bytes tell what it is, never trial and error:
+A file's extension and its first bytes tell what it is, never trial and error:
 
-    text dump       "utt_id\\n", a line of decimals for each frame, ".\\n"  (the original release)
-    text archive    "utt_id  [\\n", a line of decimals for each frame, the last ends with "]"
+    text dump       "utt_id\\n", a line of decimals per frame, ".\\n"   (the original release)
+    text archive    "utt_id  [\\n", a line of decimals per frame, the last ends with "]"
     binary archive  "utt_id \\0B" and a matrix of floats, doubles, or compressed
     .scp            "utt_id file:offset" on each line
 """
 
 import contextlib
-import functools
 import gzip
 import io
-import itertools
 import lzma
 import math
 import os
 import re
 import struct
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
 import simdjson
 
-from utils import BadUtterance, UserError, check_utt_id, quote
+from utils import BadUtterance, UserError
 
 BLOCK_SIZE = 1 << 22  # bytes of text for each job
 MAX_UTTERANCE = 1 << 30  # bytes of text; without the end of an utterance in this, it is not a dump
 END_OF_UTTERANCE = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
+UTF_8_MARK, UTF_16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
+
+
+def quote(text: str | bytes) -> str:
+    """Text from a file, for a one-line message: short, printable, in quotes."""
+    text = (text if isinstance(text, str) else text.decode("utf-8", "replace")).strip()
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _name(utt_id: bytes) -> str:
+    """What messages call an utterance whose id may be anything."""
+    return f"utterance {quote(utt_id)[1:-1]}"
+
+
+def check_utt_id(utt_id: str, where: str) -> None:
+    """Check an utterance id, which becomes a file name.
+
+    Raises:
+        BadUtterance: naming `where`, if it would be a bad file name.
+    """
+    if (
+        not utt_id
+        or utt_id.startswith(".")
+        or re.search(r"[/\\]", utt_id)
+        or not utt_id.isprintable()  # nor are bytes that are not UTF-8
+        or len(utt_id.encode()) > 240
+    ):
+        raise BadUtterance(
+            f"{where}: utterance id {quote(os.fsencode(utt_id))} cannot be a file name: expected "
+            "at most 240 bytes of printable UTF-8, without '/' and '\\', not starting with '.'"
+        )
+
+
+@contextlib.contextmanager
+def collect(bad: list[str] | None) -> Iterator[None]:
+    """Append the message of a BadUtterance or OSError within to `bad`; if that is None, raise."""
+    try:
+        yield
+    except (BadUtterance, OSError) as error:
+        if bad is None:
+            raise
+        bad.append(" ".join(str(error).split()))
 
 
 def open_input(path: str) -> tuple[BinaryIO, io.BufferedReader]:
@@ -57,10 +100,16 @@ def open_input(path: str) -> tuple[BinaryIO, io.BufferedReader]:
     return raw, content
 
 
+def check_encoding(head: bytes, name: str) -> None:
+    """UserError if a file's first bytes say that it is UTF-16, as Windows' tools write it."""
+    if head.startswith(UTF_16_MARKS):
+        raise UserError(f"{name}: this is UTF-16 text: convert it with: iconv -f UTF-16 -t UTF-8")
+
+
 def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     """Kaldi's features of any kind -> (kind, size in bytes or None, generator of (position, job)).
 
-    `position` counts the bytes read so far, of `size`. The kinds are at the top of this module.
+    `position` counts the bytes read so far, of `size`. Kinds and jobs: see the top of this module.
 
     Raises (also from the generator, or from a job):
         UserError: what is wrong, with file:line (text) or file and byte (binary), and utterance.
@@ -71,10 +120,11 @@ def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
     with _damage(name):
         head = content.peek()
+    check_encoding(head, name)
     is_file = content.raw is raw and size is not None and path != "-"
     if path.removesuffix(".gz").removesuffix(".xz").endswith(".scp"):
         kind, blocks = "scp", scp_jobs(content, name)
-    elif re.match(rb"\S+ \0B", head):
+    elif re.match(rb"\S* \0B", head):
         kind, blocks = "binary archive", ark_jobs(content, name)
     elif re.match(rb"\s*\S+[ \t]+\[", head):
         kind, blocks = "text archive", text_jobs(content, name, "]", is_file)
@@ -103,31 +153,23 @@ def _damage(name):
 
 def check_frames(
     utt_id: str, frames: np.ndarray, where: str, place: Callable[[int], str] | None = None
-) -> tuple | BadUtterance:
-    """Numbers (T, D) as they were read -> what a job yields.
+) -> Iterator[np.ndarray]:
+    """Values (T, D) as they were read -> the utterance's frames, one block of float32 (T, D).
 
     `place(row)` is what a message calls a frame's place: file and line, if it has a line.
-
-    Raises:
-        UserError: these are CMVN statistics, as everything else in the source will be.
     """
+    check_utt_id(utt_id, where)
     name = f"{where}: utterance {utt_id}"
     if not frames.size:
-        return BadUtterance(f"{name}: expected frames, found a matrix of shape {frames.shape}")
+        raise BadUtterance(f"{name}: expected frames, found a matrix of shape {frames.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
         floats = np.ascontiguousarray(frames, dtype=np.float32)
     finite = np.isfinite(floats)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         at = place(row) if place else f"{name}: frame {row}"
-        return BadUtterance(f"{at}: expected finite float32 numbers, found {frames[row, column]:g}")
-    count = floats[0, -1]  # of CMVN statistics: sums and, last, a count; sums of squares and 0
-    if len(floats) == 2 and floats[1, -1] == 0 and count >= 1 and not count % 1:
-        raise UserError(
-            f"{name}: expected frames, found CMVN statistics (of {count:.0f} frames): give the "
-            "features, feats.scp or .ark"
-        )
-    return utt_id, floats, where
+        raise BadUtterance(f"{at}: expected finite float32 values, found {frames[row, column]:g}")
+    return iter([floats])
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -136,8 +178,8 @@ def check_frames(
 def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iterator[tuple]:
     """Cut a text dump or archive into blocks of whole utterances -> (position, job).
 
-    If `is_file`, jobs read their blocks from the file `name` themselves: that is faster than to
-    send them to another process.
+    If `is_file`, jobs read their blocks from the file `name` themselves, which is faster than
+    sending them to another process.
     """
     last_end = re.compile(rb".*" + END_OF_UTTERANCE[end_mark], re.DOTALL)
     position, line, rest, size = 0, 1, b"", BLOCK_SIZE
@@ -158,14 +200,14 @@ def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iter
         end, start = found.end(), position
         position += end
         if is_file:
-            yield position, functools.partial(parse_part, start, end, line, name, end_mark)
+            yield position, partial(parse_part, start, end, line, name, end_mark)
         else:
-            yield position, functools.partial(parse_text, block[:end], line, name, end_mark)
+            yield position, partial(parse_text, block[:end], line, name, end_mark)
         line += block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
     if rest.strip():
         rest = rest.rstrip() + b"\n"
-        yield position + len(rest), functools.partial(parse_text, rest, line, name, end_mark)
+        yield position + len(rest), partial(parse_text, rest, line, name, end_mark)
 
 
 def parse_part(offset: int, size: int, first_line: int, name: str, end_mark: str) -> Iterator:
@@ -176,13 +218,15 @@ def parse_part(offset: int, size: int, first_line: int, name: str, end_mark: str
     return parse_text(block, first_line, name, end_mark)
 
 
-def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator:
-    """Part of a text dump or archive, from its line `first_line` on -> utterances.
+def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator[tuple]:
+    """Part of a text dump or archive, from its line `first_line` -> (utterance id, where, read).
 
     Raises:
-        UserError: they are not utterances.
+        UserError: it does not consist of utterances.
     """
     end_of_utterance = re.compile(END_OF_UTTERANCE[end_mark])
+    if first_line == 1:
+        block = block.removeprefix(UTF_8_MARK)
     if b"\r" in block:  # which is faster to see than "\r\n"
         block = block.replace(b"\r\n", b"\n")
     start, number = 0, first_line  # of the line that comes next
@@ -195,35 +239,40 @@ def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Itera
             start, number = line_end + 1, number + 1
             continue
         if end_mark == "." and (len(words) > 1 or words == [b"."]):
-            raise UserError(
-                f"{where}: expected an utterance id alone on a line, found {quote(line)}"
-            )
-        if end_mark == "]" and words[1:] not in ([b"["], [b"[", b"]"]):
+            raise UserError(f"{where}: expected only an utterance id, found {quote(line)}")
+        is_vector = b"]" in line and words[2:] != [b"]"]
+        if end_mark == "]" and (words[1:2] != [b"["] or is_vector):
             raise UserError(f"{where}: expected an utterance id and '[', found {quote(line)}")
-        utt_id = check_utt_id(words[0], where)
+        utt_id = os.fsdecode(words[0])
         end = end_of_utterance.search(block, start)
-        body = block[line_end + 1 : end and end.start()].rstrip()
-        yield _parse_utterance(utt_id, body, name, number, end_mark, end is not None)
+        if end is None:
+            last_line = number + block[start:].rstrip().count(b"\n") + 1
+            raise UserError(
+                f"{name}:{last_line}: {_name(words[0])}: expected {end_mark!r} at the end of the "
+                "utterance, found the end of the file: is it truncated?"
+            )
+        body = block[line_end + 1 : end.start()]
+        is_below = words[2:] in ([], [b"]"])
+        if not is_below:  # a text archive's first frame may stand on the line of its '['
+            body = words[2] + b"\n" + body
+        yield utt_id, where, partial(_parse_utterance, utt_id, body, name, number, is_below)
         number += block.count(b"\n", start, end.end())
         start = end.end()
 
 
-def _parse_utterance(utt_id, body, name, number, end_mark, has_end):
-    """The lines of frames below the utterance id in line `number` -> what a job yields."""
+def _parse_utterance(utt_id, body, name, number, is_below):
+    """Lines of frames, the first below line `number` or in it -> blocks, as read() returns."""
 
     def place(row):
-        return f"{name}:{number + 1 + row}: utterance {utt_id}"
+        return f"{name}:{number + is_below + row}: utterance {utt_id}"
 
+    check_utt_id(utt_id, f"{name}:{number}")
+    body = body.rstrip()
     frames = _parse_fast(body)
-    if frames is None or (end_mark == "." and frames.shape[1] < 2):
-        frames = _parse_slowly(body, end_mark, place)
-    if not has_end:
-        raise UserError(
-            f"{place(len(frames))}: expected {end_mark!r} at the end of the utterance, found the "
-            "end of the file: is it truncated?"
-        )
+    if frames is None:
+        frames = _parse_slowly(body, place)
     if not len(frames):
-        return BadUtterance(f"{place(0)}: expected frames, found none before {end_mark!r}")
+        raise BadUtterance(f"{place(0)}: expected frames, found none")
     return check_frames(utt_id, frames, f"{name}:{number}", place)
 
 
@@ -251,23 +300,18 @@ def _parse_fast(body):
     return frames.reshape(len(rows), -1)
 
 
-def _parse_slowly(body, end_mark, place):
+def _parse_slowly(body, place):
     """Line by line with float(), for the message that says what is wrong, and where."""
     rows = []
     for line in body.split(b"\n") if body else ():
         words = line.split()
-        if end_mark == "." and len(words) == 1:
-            raise UserError(
-                f"{place(len(rows))}: expected a frame of two numbers or more, or '.' (a single "
-                f"word on a line is an utterance id), found {quote(line)}"
-            )
         bad = next((word for word in words if not _is_number(word)), None)
         if bad is not None:
             raise UserError(f"{place(len(rows))}: expected numbers, found {quote(bad)}")
         rows.append([float(word) for word in words])
         if len(rows[-1]) != len(rows[0]):
             raise UserError(
-                f"{place(len(rows) - 1)}: expected {len(rows[0])} numbers, as in the first frame, "
+                f"{place(len(rows) - 1)}: expected {len(rows[0])} values, as in the first frame, "
                 f"found {len(words)}"
             )
     return np.array(rows)
@@ -278,7 +322,7 @@ def _is_number(word):
         float(word)
     except ValueError:
         return False
-    return b"_" not in word  # 1_000 is Python's alone
+    return b"_" not in word  # 1_000 is a number in Python only
 
 
 # Archives and lists of places in them -------------------------------------------------------------
@@ -299,18 +343,19 @@ class _Counted:
 
 def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
     """A binary archive -> (position, job of some utterances)."""
-    stream, job, start = _Counted(stream), [], 0
+    stream, matrices, start = _Counted(stream), [], 0
     while head := stream.read(1):
         where = f"{name}: byte {stream.count - 1}"
         while not head.endswith(b" ") and len(head) <= 256 and (byte := stream.read(1)):
             head += byte
-        utt_id = check_utt_id(head[:-1], where)
-        job.append((utt_id, read_matrix(stream, f"{where}: utterance {utt_id}"), where))
+        utt_id = os.fsdecode(head[:-1])
+        frames = read_matrix(stream, f"{where}: {_name(head)}")
+        matrices.append((utt_id, where, partial(check_frames, utt_id, frames, where)))
         if stream.count - start >= BLOCK_SIZE:
-            yield stream.count, functools.partial(itertools.starmap, check_frames, job)
-            job, start = [], stream.count
-    if job:
-        yield stream.count, functools.partial(itertools.starmap, check_frames, job)
+            yield stream.count, partial(iter, matrices)
+            matrices, start = [], stream.count
+    if matrices:
+        yield stream.count, partial(iter, matrices)
 
 
 def read_matrix(stream: BinaryIO | _Counted, where: str) -> np.ndarray:
@@ -326,45 +371,47 @@ def read_matrix(stream: BinaryIO | _Counted, where: str) -> np.ndarray:
             f"{where}: not a binary matrix (FM, DM, CM, CM2 or CM3), or a truncated or damaged one"
         ) from None
     if frames.ndim != 2:
-        raise UserError(f"{where}: expected frames, found a vector of {frames.size} numbers")
+        raise UserError(f"{where}: expected frames, found a vector of {frames.size} values")
     return frames
 
 
 def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
-    """An .scp -> (position, job of some lines). Refuses pipes: they would run a command."""
-    job, position = [], 0
+    """An .scp -> (position, job of some lines). Pipes are rejected: they would run a command."""
+    lines, position = [], 0
     for number, line in enumerate(stream, start=1):
         position += len(line)
         where = f"{name}:{number}"
-        words = line.split(maxsplit=1)
+        words = (line.removeprefix(UTF_8_MARK) if number == 1 else line).split(maxsplit=1)
         if not words:
             continue
-        utt_id = check_utt_id(words[0], where)
+        utt_id = os.fsdecode(words[0])
         target = os.fsdecode(words[1].strip()) if len(words) == 2 else ""
         if target.endswith("|") or target.startswith("|"):
             raise UserError(
-                f"{where}: utterance {utt_id}: is a pipe, which would run a command, and is "
-                "refused: write an archive with copy-feats and read that"
+                f"{where}: {_name(words[0])}: pipes are not supported, because they would execute "
+                "a command: write an archive with copy-feats and read that"
             )
         found = re.fullmatch(r"(.*?[^\]])(?::(\d{1,18}))?(?:\[(\d{1,9}):(\d{1,9})\])?", target)
         if not found or "\0" in target:
             raise UserError(
-                f"{where}: utterance {utt_id}: expected FILE, FILE:OFFSET or, of some rows, "
-                f"FILE:OFFSET[FIRST:LAST], found {quote(os.fsencode(target))}"
+                f"{where}: {_name(words[0])}: expected FILE, FILE:OFFSET or, for some "
+                f"rows only, FILE:OFFSET[FIRST:LAST], found {quote(os.fsencode(target))}"
             )
         rows = found[3] and (int(found[3]), int(found[4]))
-        job.append((utt_id, found[1], int(found[2] or 0), rows, where))
-        if len(job) == 32:
-            yield position, functools.partial(itertools.starmap, read_scp_line, job)
-            job = []
-    if job:
-        yield position, functools.partial(itertools.starmap, read_scp_line, job)
+        read = partial(read_scp_line, utt_id, found[1], int(found[2] or 0), rows, where)
+        lines.append((utt_id, where, read))
+        if len(lines) == 32:
+            yield position, partial(iter, lines)
+            lines = []
+    if lines:
+        yield position, partial(iter, lines)
 
 
 def read_scp_line(
     utt_id: str, path: str, offset: int, rows: tuple[int, int] | None, where: str
-) -> tuple | BadUtterance:
+) -> Iterator[np.ndarray]:
     """The matrix at `offset` of a file, or its rows from the first to the last of `rows`."""
+    check_utt_id(utt_id, where)
     name = f"{where}: utterance {utt_id}: {path!r}"
     try:
         with open(path, "rb") as file:
@@ -374,12 +421,16 @@ def read_scp_line(
             read = read_matrix if is_binary else read_text_matrix
             frames = read(file, f"{name}: byte {offset}")
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror} (paths are relative to where you are)") from None
+        raise UserError(
+            f"{name}: {error.strerror} (relative paths start from the current directory)"
+        ) from None
     if rows:
         first, last = rows
         # As in Kaldi, which allows for lengths that were rounded up.
         if not first <= last < len(frames) + 3 or first >= len(frames):
-            raise UserError(f"{name}: byte {offset}: rows {first}:{last} of {len(frames)}")
+            raise UserError(
+                f"{name}: byte {offset}: expected rows {first} to {last}, found {len(frames)} rows"
+            )
         frames = frames[first : last + 1]
     return check_frames(utt_id, frames, where)
 
@@ -397,7 +448,7 @@ def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
     try:
         return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 0))
     except ValueError:
-        raise UserError(f"{where}: expected rows of numbers, all of one length") from None
+        raise UserError(f"{where}: expected rows of numbers, all of the same length") from None
 
 
 # Kaldi's tables -----------------------------------------------------------------------------------
@@ -406,20 +457,25 @@ def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
 def read_table(path: str | os.PathLike, *columns: str, maxsplit: int = -1) -> dict:
     """One of Kaldi's tables, "key value ..." a line -> dict key -> (values, "file:line").
 
+    A column whose name ends with "?" may be missing.
+
     Raises:
-        UserError: a line with more or fewer columns; a key given twice with different values.
+        UserError: an empty table; a line with more or fewer columns; a key given twice with
+            different values.
     """
     table = {}
+    least = sum(not column.endswith("?") for column in columns)
     with open(path, "rb") as file:
+        check_encoding(file.peek(), path)
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(UTF_8_MARK)
             # Utterance ids may be file names, which need not be text.
             words = os.fsdecode(line.strip()).split(maxsplit=maxsplit)
             if not words:
                 continue
-            if len(words) != len(columns):
+            if not least <= len(words) <= len(columns):
                 raise UserError(f"{where}: expected {' and '.join(columns)}, found {quote(line)}")
             key, *values = words
             before, where_before = table.setdefault(key, (values, where))
@@ -428,24 +484,34 @@ def read_table(path: str | os.PathLike, *columns: str, maxsplit: int = -1) -> di
                     f"{where}: {key} has {' '.join(values)!r} here, and {' '.join(before)!r} in "
                     f"{where_before}"
                 )
+    if not table:
+        raise UserError(f"{path}: this table is empty: fill it or remove it")
     return table
 
 
 def read_utt2spk(path: str | os.PathLike) -> dict[str, str]:
-    """Kaldi's utt2spk, "utterance speaker" a line -> dict."""
+    """Kaldi's utt2spk, "utterance speaker" a line -> dict.
+
+    Ids with accents are there in both forms of Unicode: macOS decomposes file names.
+    """
     table = read_table(path, "an utterance", "a speaker")
-    return {utt_id: speaker for utt_id, ((speaker,), _) in table.items()}
+    speakers = {utt_id: speaker for utt_id, ((speaker,), _) in table.items()}
+    return {unicodedata.normalize("NFC", key): value for key, value in speakers.items()} | speakers
 
 
-def read_data_dir(path: str) -> list[tuple]:
+def read_data_dir(path: str, bad: list[str] | None = None) -> list[tuple]:
     """A data directory: wav.scp; segments, utt2spk, reco2file_and_channel if there are any.
+
+    Args:
+        path: the folder.
+        bad: for messages on utterances that cannot be used, which are skipped; None: raise them.
 
     Returns:
         (utterance id, audio file, speaker or None, channel or None, start, end or None) of each
-        utterance, sorted by id; times in seconds.
+        utterance, sorted by id; times in seconds, channels from 0.
 
     Raises:
-        UserError: by file and line, what is wrong; a pipe, which would run a command.
+        UserError: by file and line, what is wrong; a pipe, which would execute a command.
     """
 
     def read(name, *columns):
@@ -455,34 +521,69 @@ def read_data_dir(path: str) -> list[tuple]:
     files = read_table(os.path.join(path, "wav.scp"), "a recording", "its file", maxsplit=1)
     speakers = read("utt2spk", "an utterance", "a speaker")
     channels = read("reco2file_and_channel", "a recording", "a file", "a channel")
-    segments = read("segments", "an utterance", "a recording", "its start", "its end") or {
+    columns = ("an utterance", "a recording", "its start", "its end", "a channel?")
+    segments = read("segments", *columns) or {
         recording: ([recording, "0", "-1"], where) for recording, (_, where) in files.items()
     }
     rows = []
-    for utt_id, ((recording, start, end), where) in sorted(segments.items()):
-        check_utt_id(utt_id, where)
+    for utt_id, (values, where) in sorted(segments.items()):
+        recording = values[0]
         if recording not in files:
             raise UserError(f"{where}: utterance {utt_id}: {recording} is not in wav.scp")
-        (file,), where_file = files[recording]
-        if file.endswith("|"):
-            raise UserError(
-                f"{where_file}: recording {recording}: is a pipe, which would run a command, and "
-                "is refused: run it once, write its output to a file, and name that file here"
-            )
-        try:
-            start, end = float(start), float(end)
-        except ValueError:
-            start = end = math.nan
-        if not (0 <= start < end < math.inf or 0 <= start < math.inf and end == -1):
-            raise UserError(f"{where}: utterance {utt_id}: expected 0 <= start < end, in seconds")
+        file = _audio_file(recording, *files[recording])
         channel = None
         if recording in channels:
-            (_, letter), where = channels[recording]
-            if not re.fullmatch("[A-Za-z]", letter):
-                raise UserError(f"{where}: expected a channel A, B, ..., found {quote(letter)}")
-            channel = ord(letter.upper()) - ord("A")
+            channel = _channel(*channels[recording])
         (speaker,), _ = speakers.get(utt_id, ((None,), None))
-        rows.append((utt_id, file, speaker, channel, start, None if end == -1 else end))
-    if not rows:
-        raise UserError(f"{path}: holds no utterances")
+        with collect(bad):
+            check_utt_id(utt_id, where)
+            start, end, channel = _segment(utt_id, values[1:], channel, where)
+            rows.append((utt_id, file, speaker, channel, start, end))
     return rows
+
+
+def _audio_file(recording, values, where):
+    """A recording's file in wav.scp -> the same, if it can be one."""
+    (file,) = values
+    if file.endswith("|"):
+        raise UserError(
+            f"{where}: recording {recording}: pipes are not supported, because they would execute "
+            "a command: run it once, write its output to a file, and name that file here"
+        )
+    if re.search(r"\.ark:\d+$", file):
+        raise UserError(
+            f"{where}: recording {recording}: audio in archives is not supported ({file!r}): "
+            "write the archive's recordings to files, and name those here"
+        )
+    return file
+
+
+def _channel(values, where):
+    """A line of reco2file_and_channel -> the channel, from 0."""
+    name = values[1]
+    if re.fullmatch("[A-Za-z]", name):
+        return ord(name.upper()) - ord("A")
+    if re.fullmatch(r"[1-9]\d{0,3}", name):  # as NIST counts
+        return int(name) - 1
+    raise UserError(f"{where}: expected a channel A, B, ... or 1, 2, ..., found {quote(name)}")
+
+
+def _segment(utt_id, values, channel, where):
+    """A line of segments -> start, end (None: the recording's), channel (from 0, as in Kaldi)."""
+    try:
+        start, end = map(float, values[:2])
+    except ValueError:
+        start = end = math.nan
+    if not (0 <= start < end < math.inf or 0 <= start < math.inf and end == -1):
+        raise BadUtterance(
+            f"{where}: utterance {utt_id}: expected 0 <= start < end, in seconds, found "
+            f"{quote(' '.join(values[:2]))}"
+        )
+    if len(values) == 3:
+        if not re.fullmatch(r"\d{1,4}", values[2]):
+            raise UserError(
+                f"{where}: utterance {utt_id}: expected a channel, from 0, in the fifth column, "
+                f"found {quote(values[2])}"
+            )
+        channel = int(values[2])
+    return start, None if end == -1 else end, channel

@@ -1,4 +1,4 @@
-"""A trained model as ONNX: features while speech comes in, without PyTorch.
+"""A trained model as ONNX: features in streaming mode, without PyTorch.
 
     inputs:  chunk (B, T, D), the next T >= 1 frames; state (S, B, H), zeros at the start
     outputs: predicted_mel (B, T, D), internal_reps (L, B, T, H), new_state (S, B, H)
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from apc_model import APCModel
+from formats.s3prl import QuantizedPostnet
 from utils import UserError
 
 GATES = {"GRU": [1, 0, 2], "LSTM": [0, 3, 1, 2]}  # PyTorch's, in the order of ONNX's
@@ -29,11 +30,15 @@ def to_onnx(model: APCModel, about: dict) -> bytes:
 
     Args:
         model: the model, on the CPU.
-        about: what the file says of it: its metadata, each value as JSON.
+        about: the file's metadata, each value as JSON.
 
     Raises:
-        UserError: a package is missing, the model is too large, or outputs differ.
+        UserError: a package is missing, the model cannot be written, or outputs differ.
     """
+    if model.rnn_type == "transformer":
+        raise UserError("--to_onnx needs a model of GRU or LSTM layers, not a Transformer")
+    if isinstance(model.postnet, QuantizedPostnet):
+        raise UserError("--to_onnx: quantised models (VQ-APC) are not supported")
     try:
         import onnx  # the package, not this module
         import onnxruntime
@@ -59,9 +64,9 @@ def to_onnx(model: APCModel, about: dict) -> bytes:
 
 
 def graph(model: APCModel) -> tuple[str, dict[str, np.ndarray]]:
-    """A model -> its network in ONNX's text format, and the tensors that are named there."""
-    kind = type(model.rnns[0]).__name__
-    mel_dim, hidden_size, num_layers = model.mel_dim, model.rnns[0].hidden_size, len(model.rnns)
+    """A model -> its network in ONNX's text format, and the tensors that it names."""
+    kind = model.rnn_type.upper()
+    mel_dim, hidden_size, num_layers = model.mel_dim, model.hidden_size, model.num_layers
     states = [f"{name}{i}" for name in STATES[kind] for i in range(num_layers)]
     tensors = {"zero": np.array([0]), "one": np.array([1])}
     reps = []
@@ -125,7 +130,7 @@ def graph(model: APCModel) -> tuple[str, dict[str, np.ndarray]]:
 
 @torch.inference_mode()
 def largest_difference(session, model: APCModel) -> float:
-    """Of ONNX Runtime's outputs, in chunks, from forward()'s; of numbers above 1, their share."""
+    """Between ONNX Runtime's outputs, in chunks, and forward()'s; relative for values above 1."""
     num_states, _, hidden_size = session.get_inputs()[1].shape
     differences = []
     for batch_size, num_frames, chunk_size in ((1, 1, 1), (1, 50, 1), (3, 60, 7), (2, 70, 70)):

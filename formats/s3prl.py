@@ -1,24 +1,28 @@
-"""s3prl's checkpoints of APC, in and out (apc_360hr.ckpt, apc_960hr.ckpt, its upstream apc_local).
+"""s3prl's checkpoints of APC, in and out: apc_360hr.ckpt, vq_apc_360hr.ckpt, for its apc_local.
 
-s3prl computes features with torchaudio's Kaldi fbank, from samples in [-1, 1], and normalises by
-utterance or not at all. Its APC has GRU layers alone, with residual connections from the second
-layer on, and a linear layer where the original release has a convolution of kernel 1.
+s3prl computes log-Mel features with torchaudio's Kaldi fbank, from samples in [-1, 1], and
+normalises them per utterance or not at all. Its APC has GRU layers only, with residual connections
+from the second layer on, and a linear layer where the original release has a convolution of kernel
+1. Its VQ-APC quantises what the last layer hands to the postnet; features are not quantised.
 """
 
 import logging
 import math
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from apc_model import APCModel
-from formats.fbank import S3PRL_FBANK, cmvn_settings, fbank_settings
+from apc_model import APCModel, Postnet
+from formats.fbank import CMVN, S3PRL_FBANK, fbank_settings
 from utils import UserError
 
 # Of no effect on a model here: a constant, which CMVN removes or the weights absorb, and noise.
 IGNORED = {"full_scale": 1.0, "htk_compat": False, "dither": 0.0}
 FROM_S3PRL = {"rnn_layers.": "rnns.", "postnet.": "postnet.layer."}
-# s3prl's audio settings, which it hands on to torchaudio.compliance.kaldi.fbank -> ours.
+VQ_FROM_S3PRL = {  # of a layer with one group
+    "vq_layers.0.vq_logits.": "postnet.logits.",
+    "vq_layers.0.codebook_CxE.": "postnet.codebook.",
+}
+# s3prl's audio settings, which it passes to torchaudio.compliance.kaldi.fbank -> ours.
 FBANK_NAMES = {
     "feat_dim": "num_mel_bins",
     "frame_length": "frame_length_ms",
@@ -36,6 +40,20 @@ FBANK_NAMES = {
 }
 
 
+class QuantizedPostnet(Postnet):
+    """VQ-APC's: predicts a frame from the code that fits the last layer's output best."""
+
+    def __init__(self, input_size: int, output_size: int, num_codes: int):
+        super().__init__(input_size, output_size)
+        self.logits = nn.Linear(input_size, num_codes)
+        self.codebook = nn.Linear(num_codes, input_size, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # inputs: (B, T, H)
+        codes = self.logits(inputs).argmax(dim=-1)  # (B, T)
+        return super().forward(self.codebook.weight.T[codes])  # (B, T, D)
+
+
 def rename(weights: dict, prefixes: dict[str, str]) -> dict:
     """Replace the first of `prefixes` with which a weight's name starts."""
     renamed = {}
@@ -49,14 +67,15 @@ def rename(weights: dict, prefixes: dict[str, str]) -> dict:
 
 
 def rename_s3prl(weights: dict, path: str) -> dict[str, Tensor]:
-    """Weights of s3prl's, VQ-APC's or NPC's APC -> with the original's names; others as they are.
+    """Weights of s3prl's or NPC's APC -> with the original's names; others as they are.
 
     Raises:
-        UserError: a model with quantisation layers.
+        UserError: a model with other quantisation layers than s3prl's VQ-APC in postnet.*.
     """
     if any(name.startswith("vq_layers.") for name in weights):
         raise UserError(
-            f"{path}: is a VQ-APC model: its quantisation layers are not supported, only plain APC"
+            f"{path}: its quantisation layers (VQ-APC) are not supported: expected s3prl's own "
+            "checkpoint, with one group of codes after the last layer"
         )
     if not any(name.startswith("rnn_layers.") for name in weights):
         return weights
@@ -71,36 +90,33 @@ def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor
     """s3prl's weights and config -> (state dict with the original's names, flags).
 
     Raises:
-        UserError: it is another model than APC, or its config is incomplete or unknown.
+        UserError: it is another model than APC or VQ-APC, or its config is incomplete or unknown.
     """
-    weights = rename_s3prl(weights, path)
+    quantizer = {name: weights[name] for name in weights if name.startswith(tuple(VQ_FROM_S3PRL))}
+    weights = {name: weight for name, weight in weights.items() if name not in quantizer}
+    weights = rename_s3prl(weights, path) | rename(quantizer, VQ_FROM_S3PRL)
     try:
         sound, paras = dict(config["data"]["audio"]), config["model"]["paras"]
-        if paras.get("vq"):
-            raise UserError(f"{path}: is a VQ-APC model, which is not supported, only plain APC")
         flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
         flags["residual_first"] = False  # its residual connections never reach the first layer
         feat_type = sound.pop("feat_type")
         if feat_type != "fbank":
-            raise UserError(f"{path}: features are {feat_type!r}, expected 'fbank'")
+            raise UserError(f"{path}: its features are {feat_type!r}, expected 'fbank'")
         sound.pop("decode_wav", None)
         cmvn = "utterance" if sound.pop("cmvn", True) else "none"
         fbank = {"num_mel_bins": int(sound["feat_dim"])} | S3PRL_FBANK
         for name, value in sound.items():
             if name not in FBANK_NAMES:
-                raise UserError(f"{path}: {name}: an audio setting that is not supported")
-            if not isinstance(value, int | float):
-                raise ValueError(f"{name} {value!r}")
+                raise UserError(f"{path}: its audio setting {name} is not supported")
             fbank[FBANK_NAMES[name]] = value
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: missing or invalid in s3prl's config: {error}") from None
     data = {"source": "audio", "fbank": fbank, "cmvn": cmvn}
     if cmvn == "utterance":
         data |= {"norm_vars": True, "unbiased_vars": True}
-    flags["data"] = [data]
-    return weights, flags
+    return weights, flags | {"data": [data]}
 
 
 def to_s3prl(model: APCModel, data: dict, dropout: float) -> dict:
@@ -108,16 +124,16 @@ def to_s3prl(model: APCModel, data: dict, dropout: float) -> dict:
 
     Args:
         model: the model.
-        data: prepared.json of what it was trained on; empty if that is not known.
+        data: prepared.json of its training data; empty if that is not known.
         dropout: of its RNN layers, in training.
 
     Raises:
         UserError: s3prl has no such model.
     """
-    if not isinstance(dropout, int | float):
-        raise UserError(f"config.json: rnn_dropout is {dropout!r}, expected a number")
+    if model.rnn_type == "transformer":
+        raise UserError("--to_s3prl needs a model of GRU or LSTM layers, not a Transformer")
     fbank = fbank_settings({"num_mel_bins": model.mel_dim} | (data.get("fbank") or {}))
-    refuse_what_s3prl_lacks(model, fbank)
+    reject_what_s3prl_lacks(model, fbank)
     cmvn = choose_cmvn(data, fbank)
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
     weights = rename(weights, {new: old for old, new in FROM_S3PRL.items()})
@@ -133,53 +149,56 @@ def to_s3prl(model: APCModel, data: dict, dropout: float) -> dict:
         "cmvn": cmvn != "none",
     }
     paras = {
-        "num_layers": len(model.rnns),
-        "hidden_size": model.rnns[0].hidden_size,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
         "dropout": dropout,
         "residual": bool(model.rnn_residual),
     }
     return {"model": weights, "config": {"data": {"audio": sound}, "model": {"paras": paras}}}
 
 
-def refuse_what_s3prl_lacks(model: APCModel, fbank: dict) -> None:
+def reject_what_s3prl_lacks(model: APCModel, fbank: dict) -> None:
     own = {name: fbank[name] for name in ("frame_length_ms", "frame_shift_ms")}
     expected = fbank_settings(own | {"num_mel_bins": model.mel_dim} | IGNORED)
-    refused = {
-        "its layers are LSTMs": not isinstance(model.rnns[0], torch.nn.GRU),
+    reasons = {
+        "its layers are LSTMs": model.rnn_type != "gru",
         "it has a prenet": model.prenet is not None,
-        "its first layer is residual": (
-            model.rnn_residual and model.mel_dim == model.rnns[0].hidden_size
-        ),
+        "its first layer is residual": model.rnn_residual and model.mel_dim == model.hidden_size,
         "its fbank is another": fbank | IGNORED != expected,
-        "it has fewer than three layers, and apc_local takes outputs of three": len(model.rnns) < 3,
+        "it has fewer than three layers, and apc_local takes outputs of three": (
+            model.num_layers < 3
+        ),
+        "writing quantised models (VQ-APC) is not supported": (
+            isinstance(model.postnet, QuantizedPostnet)
+        ),
     }
-    for reason, holds in refused.items():
+    for reason, holds in reasons.items():
         if holds:
             raise UserError(f"s3prl cannot express this model: {reason}")
-    if len(model.rnns) > 3:
-        logging.warning(
-            "s3prl's apc_local gives the outputs of layers 1, 2 and %d", len(model.rnns)
-        )
+    if model.num_layers > 3:
+        last = model.num_layers - 1
+        logging.warning("s3prl's apc_local gives the outputs of layers 0, 1 and %d", last)
 
 
 def choose_cmvn(data: dict, fbank: dict) -> str:
     """How s3prl will normalise, "utterance" or "none"; warns if the model was trained otherwise."""
-    cmvn, options = cmvn_settings(data)
+    cmvn = CMVN.from_prepared(data)
     if data.get("source") != "audio":
         # Dumps and archives come normalised, as the original's did.
         logging.warning(
-            "how the features that the model was trained on were made is not known: s3prl will "
-            "take the original's fbank settings, and normalise mean and variance by utterance"
+            "it is not known how the log-Mel features that the model was trained on were made: "
+            "s3prl will use the original's fbank settings, and normalise mean and variance per "
+            "utterance"
         )
         return "utterance"
-    is_same = cmvn == "none" or (cmvn == "utterance" and options["norm_vars"])
+    is_same = cmvn.kind == "none" or (cmvn.kind == "utterance" and cmvn.norm_vars)
     if not is_same:
         logging.warning(
-            "the model was trained on features normalised by %s (%s); s3prl normalises mean and "
-            "variance by utterance: its features will be others (in a test, by 80 %% of their "
-            "rms). Models that agree are trained on what prepare_data.py --as_s3prl makes",
-            cmvn,
-            "mean and variance" if options["norm_vars"] else "mean",
+            "the model was trained on log-Mel features normalised by %s (%s); s3prl normalises "
+            "mean and variance by utterance: its features will be others (in a test, by 80 %% of "
+            "their rms). Models that agree are trained on what prepare_data.py --as_s3prl makes",
+            cmvn.kind,
+            "mean and variance" if cmvn.norm_vars else "mean",
         )
     elif fbank["full_scale"] != 1:
         logging.warning(
@@ -187,7 +206,7 @@ def choose_cmvn(data: dict, fbank: dict) -> str:
             "its features will differ (in a test, by 1 % of their rms, and by up to 0.5 in "
             "silences). Models that agree are trained on what prepare_data.py --as_s3prl makes"
         )
-    return "none" if cmvn == "none" else "utterance"
+    return "none" if cmvn.kind == "none" else "utterance"
 
 
 def absorb_scale(weights: dict[str, Tensor], full_scale: float) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import ONE_THREAD, ROOT, Server, until
+from processes import ONE_THREAD, ROOT, Server, error_line, until  # noqa: F401
 
 import utils
 

@@ -65,6 +65,67 @@ class PackedAPC(nn.Module):
         return predicted, reps
 
 
+class TextbookTransformer(nn.Module):
+    """T-APC from Vaswani et al. 2017, one utterance and one head at a time, with pre-norm.
+
+    Holds its weights by name in `weights`, a state dict of the model under test.
+    """
+
+    def __init__(self, weights, num_layers):
+        super().__init__()
+        self.weights = nn.ParameterDict({name.replace(".", "/"): w for name, w in weights.items()})
+        self.num_layers = num_layers
+
+    def linear(self, name, x):
+        weight, bias = (self.weights[f"{name.replace('.', '/')}/{w}"] for w in ("weight", "bias"))
+        return x @ weight.flatten(1).T + bias
+
+    def norm(self, name, x):
+        weight, bias = (self.weights[f"{name.replace('.', '/')}/{w}"] for w in ("weight", "bias"))
+        x = x - x.mean(dim=-1, keepdim=True)
+        return x / (x.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+    def attention(self, block, x):
+        num_frames, hidden_size = x.shape
+        query, key, value = self.linear(f"{block}.query_key_value", x).chunk(3, dim=-1)
+        future = torch.ones(num_frames, num_frames, dtype=torch.bool).triu(diagonal=1)
+        heads = []
+        for start in range(0, hidden_size, 64):
+            q, k, v = (part[:, start : start + 64] for part in (query, key, value))
+            scores = (q @ k.T / 64**0.5).masked_fill(future, float("-inf"))
+            exponentials = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+            heads.append(exponentials / exponentials.sum(dim=-1, keepdim=True) @ v)
+        return self.linear(f"{block}.attention_out", torch.cat(heads, dim=-1))
+
+    def utterance(self, frames):
+        """(T, D) -> predictions (T, D), representations [(T, H)] of each block."""
+        x = self.linear("embedding", frames)
+        for i in range(x.size(1)):  # the positions, as the paper's formulas have them
+            angle = torch.arange(len(x), dtype=x.dtype) / 10000 ** ((i - i % 2) / x.size(1))
+            x = x + (angle.cos() if i % 2 else angle.sin())[:, None] * torch.eye(x.size(1))[i]
+        states = []
+        for i in range(self.num_layers):
+            block = f"blocks.{i}"
+            x = x + self.attention(block, self.norm(f"{block}.attention_norm", x))
+            hidden = self.linear(
+                f"{block}.feedforward.0", self.norm(f"{block}.feedforward_norm", x)
+            )
+            x = x + self.linear(f"{block}.feedforward.2", hidden.clamp(min=0))
+            states.append(x)
+        states[-1] = self.norm("final_norm", states[-1])
+        return self.linear("postnet.layer", states[-1]), states
+
+    def forward(self, inputs, lengths):
+        total = inputs.size(1)
+        predicted, reps = [], []
+        for frames, n in zip(inputs, lengths.tolist()):
+            mel, states = self.utterance(frames[:n])
+            bias = self.weights["postnet/layer/bias"].expand(total - n, -1)
+            predicted.append(torch.cat([mel, bias]))
+            reps.append(torch.stack([nn.functional.pad(x, (0, 0, 0, total - n)) for x in states]))
+        return torch.stack(predicted), torch.stack(reps, dim=1)
+
+
 def padded_loss(model, batch, lengths, shift):
     """The original's: mean absolute error over all (max_seq_len - shift) positions.
 
@@ -75,7 +136,7 @@ def padded_loss(model, batch, lengths, shift):
 
 
 def frame_loss(model, batch, lengths, shift):
-    """Mean absolute error over the real frames alone, utterance by utterance."""
+    """Mean absolute error over the valid frames only, utterance by utterance."""
     predicted, _ = model(batch[:, :-shift], lengths - shift)
     errors = [
         (predicted[b, : n - shift] - batch[b, shift:n]).abs()
@@ -85,7 +146,7 @@ def frame_loss(model, batch, lengths, shift):
 
 
 def epoch_mean(losses, batches, shift, kind):
-    """Mean over utterances, or over real target frames where the loss is one of frames."""
+    """Mean over utterances, or over valid target frames where the loss is one of frames."""
     if kind is frame_loss:
         weights = [int((lengths - shift).sum()) for _, lengths in batches]
     else:

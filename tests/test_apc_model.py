@@ -6,10 +6,10 @@ from collections import namedtuple
 
 import pytest
 import torch
-from reference import PackedAPC, frame_loss, padded_loss
+from reference import PackedAPC, TextbookTransformer, frame_loss, padded_loss
 from torch import nn
 
-from apc_model import APCModel, apc_loss, mean_losses
+from apc_model import APCModel, LossSums, apc_loss
 from utils import PrenetConfig, RNNConfig
 
 MEL = 12
@@ -160,7 +160,7 @@ def test_padding(case):
 
 @every_case
 def test_causal(case):
-    """Changing a frame leaves every output before it alone, and changes those at it."""
+    """Changing a frame changes no output before it, and every output at it."""
     _, model = pair(case)
     inputs, lengths = padded_batch([13, 13])
     for t in (0, 1, 6, 12):
@@ -217,12 +217,129 @@ def test_sizes_that_do_not_fit_are_named():
         "input_size.*13.*12": (PrenetConfig(13, 16, 1, 0.0), rnn),
         "hidden_size.*14.*16": (PrenetConfig(MEL, 14, 1, 0.0), rnn),
         "hidden_size.*16.*18": (PrenetConfig(MEL, 16, 1, 0.0), rnn._replace(hidden_size=18)),
-        "transformer.*gru.*lstm": (None, RNNConfig(MEL, 16, 2, 0.0, False, "transformer")),
+        "'rnn'.*gru.*lstm.*transformer": (None, RNNConfig(MEL, 16, 2, 0.0, False, "rnn")),
+        "multiple of 64.*96": (None, RNNConfig(MEL, 96, 2, 0.0, False, "transformer")),
+        "residual": (None, RNNConfig(MEL, 64, 2, 0.0, True, "transformer")),
         "0 layers": (None, RNNConfig(MEL, 16, 0, 0.0, False)),
     }
     for message, configs in cases.items():
         with pytest.raises(ValueError, match=message):
             APCModel(MEL, *configs)
+
+
+@pytest.mark.parametrize("rnn_type", ["gru", "transformer"])
+def test_lengths_that_are_no_lengths_are_rejected(rnn_type):
+    """Shares of T, counts of samples, a length too few: each would let padding through."""
+    model = build(hidden=64, layers=1, rnn_type=rnn_type)
+    inputs, lengths = padded_batch([13, 5])
+    expected = model(inputs, lengths)
+    for same in ([13, 5], lengths.numpy(), lengths.int()):
+        close(model(inputs, same), expected)
+    wrong = [torch.tensor([1.0, 0.4]), lengths.float(), [13, 14], [13, -1], [13], [13, 5, 1], 13]
+    for lengths in wrong:
+        with pytest.raises(ValueError, match="lengths"):
+            model(inputs, lengths)
+
+
+def test_representations_are_left_out_on_request():
+    """As in training: no copy of every layer's outputs is made."""
+    inputs, lengths = padded_batch([13, 5])
+    for rnn_type in ("lstm", "transformer"):
+        model = build(hidden=64, layers=2, rnn_type=rnn_type).eval()
+        predicted, reps = model(inputs, lengths, need_reps=False)
+        assert reps is None
+        assert torch.equal(predicted, model(inputs, lengths)[0])
+
+
+# The Transformer ----------------------------------------------------------------------------------
+
+
+def transformer_pair():
+    torch.manual_seed(0)
+    model = build(hidden=128, layers=3, rnn_type="transformer").eval()
+    with torch.no_grad():  # norms start as the identity, which would hide them
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    return TextbookTransformer(weights, 3), model
+
+
+def test_transformers_outputs_and_gradients_are_the_textbooks():
+    reference, model = transformer_pair()
+    batch, lengths = padded_batch([11, 3, 13, 1])
+    outputs, found = [], []
+    for net in (reference, model):
+        inputs = batch.clone().requires_grad_()
+        predicted, reps = net(inputs, lengths)
+        (predicted.pow(2).mean() + reps.pow(2).mean()).backward()
+        outputs.append((predicted, reps))
+        named = {
+            name.removeprefix("weights.").replace("/", "."): g for name, g in gradients(net).items()
+        }
+        found.append({"inputs": inputs.grad, **named})
+    close(outputs[1], outputs[0])
+    close(found[1], found[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_transformer_is_causal(training):
+    """In eval mode, where nn.TransformerEncoderLayer's fast path is not, as well as in training."""
+    _, model = transformer_pair()
+    model.train(training)
+    inputs, lengths = padded_batch([13, 13])
+    for t in (0, 1, 6, 12):
+        changed = inputs.clone()
+        changed[:, t:] += 1.0
+        with torch.no_grad():
+            before, after = model(inputs, lengths), model(changed, lengths)
+        for a, b in zip(before, after):
+            close(b[..., :t, :], a[..., :t, :], 1e-6)
+            assert ((b[..., t, :] - a[..., t, :]).abs().amax(-1) > 1e-4).all()
+
+
+def test_batch_and_padding_make_no_difference_to_a_transformer():
+    _, model = transformer_pair()
+    inputs, lengths = padded_batch([4, 13, 9])
+    predicted, reps = model(inputs, lengths)
+    garbage = inputs.masked_fill(~real(lengths)[..., None], math.nan)
+    close(model(garbage, lengths), (predicted, reps))
+    for i, n in enumerate(lengths.tolist()):
+        one, one_reps = model(inputs[i : i + 1, :n], [n])
+        close(one[0], predicted[i, :n])
+        close(one_reps[:, 0], reps[:, i, :n])
+        assert (reps[:, i, n:] == 0).all()
+        assert (predicted[i, n:] == model.postnet.layer.bias).all()
+
+
+def test_transformers_dropout_acts_on_what_each_sublayer_adds():
+    model = build(hidden=64, layers=2, rnn_type="transformer", dropout=1.0).train()
+    inputs, lengths = padded_batch([13, 13])
+    _, reps = model(inputs, lengths)
+    close(model.final_norm(reps[0]), reps[1])  # the second block adds nothing
+
+
+def test_transformer_holds_no_matrix_of_all_pairs_of_frames():
+    """The memory that a training step needs grows with T, not with T squared."""
+    peaks = []
+    model = build(hidden=64, layers=1, rnn_type="transformer")
+    for num_frames in (1024, 4096):
+        inputs = torch.randn(1, num_frames, MEL)
+        saved = []
+
+        def pack(tensor):
+            saved.append(tensor.untyped_storage().nbytes())  # noqa: B023
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(inputs, [num_frames])[0].sum().backward()
+        peaks.append(max(saved))
+    assert peaks[1] <= 4.1 * peaks[0]
+    assert peaks[1] < 4096 * 4096
+
+
+def test_transformers_do_not_stream():
+    with pytest.raises(ValueError, match="GRU or LSTM"):
+        build(hidden=64, layers=1, rnn_type="transformer").stream(torch.zeros(1, 3, MEL))
 
 
 # Streaming ----------------------------------------------------------------------------------------
@@ -253,7 +370,7 @@ def test_chunks_together_are_the_packed_model(case):
 @every_case
 def test_the_state_of_a_stream(case):
     """A list with a state a layer, (1, B, H) for a GRU, a pair of them for an LSTM; it may be kept
-    and gone on from twice, and a chunk of nothing leaves it as it was."""
+    and continued from twice, and a chunk of no frames leaves it as it was."""
     _, model = pair(case)
     inputs, _ = padded_batch([FRAMES] * 3)
     with torch.no_grad():
@@ -288,16 +405,14 @@ def test_both_losses_and_all_their_gradients(case, shift):
     reference, model = pair(CASES[case])
     for lengths in ([31, 24, 22, 36], [40, 21, 40], [40, 40], [21]):
         batch, lengths = padded_batch(lengths, SEQ_LEN)
-        counts = len(lengths), int(lengths.sum())
-        for brute_force, which in ((padded_loss, "with_padding"), (frame_loss, "per_real_frame")):
+        for brute_force, which in ((padded_loss, "with_padding"), (frame_loss, "per_valid_frame")):
             reference.zero_grad()
             expected = brute_force(reference, batch, lengths, shift)
             expected.backward()
             wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
             for frames in (SEQ_LEN, int(lengths.max())):
-                real, padding = sums(model, batch[:, :frames], lengths, shift)
-                losses = mean_losses(real, padding, *counts, shift, SEQ_LEN)
-                loss = getattr(losses, which)
+                means = sums(model, batch[:, :frames], lengths, shift).means(shift, SEQ_LEN)
+                loss = getattr(means, which)
                 assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
                 model.zero_grad()
                 loss.backward()
@@ -306,13 +421,13 @@ def test_both_losses_and_all_their_gradients(case, shift):
 
 @shifts
 def test_both_means_of_an_epoch(shift):
-    """Summed over batches of different sizes they are, in double precision, the mean over all
-    utterances' positions as they lie on disk, and the mean over all real frames. Predictions are
+    """Summed over batches of different sizes they are the mean over all
+    utterances' time steps as they lie on disk, and the mean over all valid frames. Predictions are
     any numbers, beyond the lengths too; an utterance of 0 frames counts for nothing."""
     generator = torch.Generator().manual_seed(3)
     bias = torch.randn(MEL, generator=generator, dtype=torch.float64)
-    with_padding, real_frames = [], []
-    totals, utterances, frames = [0.0, 0.0], 0, 0
+    with_padding, valid_frames = [], []
+    total = LossSums()
     for lengths in ([31, 24, 0, 40], [shift + 1], [40, 22, 23, 36, 21]):
         batch, lengths = padded_batch(lengths, SEQ_LEN, seed=len(lengths))
         predicted = torch.randn(batch[:, shift:].shape, generator=generator).double()
@@ -323,17 +438,16 @@ def test_both_means_of_an_epoch(shift):
             on_disk[n - shift :] = bias
             error = (on_disk - batch[b, shift:]).abs().mean(-1)
             with_padding.append(error.mean())
-            real_frames.append(error[: n - shift])
-            utterances, frames = utterances + 1, frames + n
+            valid_frames.append(error[: n - shift])
         longest = int(lengths.max())
-        predicted, batch = predicted[:, : longest - shift], batch[:, :longest].double()
-        for i, part in enumerate(apc_loss(predicted, batch, lengths, shift, SEQ_LEN, bias)):
-            assert part.shape == ()
-            totals[i] += part.item()
-    losses = mean_losses(*totals, utterances, frames, shift, SEQ_LEN)
-    assert losses.with_padding == pytest.approx(torch.stack(with_padding).mean().item(), rel=1e-12)
-    assert losses.per_real_frame == pytest.approx(torch.cat(real_frames).mean().item(), rel=1e-12)
-    assert all(math.isnan(loss) for loss in mean_losses(0, 0, 0, 0, shift, SEQ_LEN))
+        predicted, batch = predicted[:, : longest - shift], batch[:, :longest]
+        part = apc_loss(predicted, batch, lengths, shift, SEQ_LEN, bias)
+        total = total + part.detach()
+    losses = total.means(shift, SEQ_LEN)
+    assert total.utterances == len(with_padding)
+    assert losses.with_padding == pytest.approx(torch.stack(with_padding).mean().item(), rel=1e-6)
+    assert losses.per_valid_frame == pytest.approx(torch.cat(valid_frames).mean().item(), rel=1e-6)
+    assert all(math.isnan(loss) for loss in LossSums().means(shift, SEQ_LEN))
 
 
 # On a GPU -----------------------------------------------------------------------------------------
@@ -354,7 +468,8 @@ def test_cuda_gives_the_cpus_numbers(case):
             assert all(output.is_cuda for output in got)
             close([output.cpu() for output in got], list(expected), 1e-4)
             found = sums(on_gpu, frames, lengths.to(where), 3)
-            assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], rel=1e-4)
+            assert found.valid.item() == pytest.approx(losses.valid.item(), rel=1e-4)
+            assert found.padding.item() == pytest.approx(losses.padding.item(), rel=1e-4)
         _, _, state = on_gpu.stream(frames[:, :11])
         predicted, _, _ = on_gpu.stream(frames[:, 11:], state)
         close(predicted.cpu(), streamed[:, 11:], 1e-4)

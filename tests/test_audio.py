@@ -1,6 +1,7 @@
-"""formats/audio.py: files as people have them are decoded to the bit, or refused in one line."""
+"""formats/audio.py: files as people have them are decoded exactly, or an error of one line."""
 
 import os
+import pickle
 import struct
 import wave
 from pathlib import Path
@@ -14,17 +15,16 @@ from formats import audio
 from formats.audio import (
     Recording,
     count_left_out,
+    describe_speakers,
     find_audio,
     read_blocks,
     read_fbank,
     speakers_of,
 )
 from formats.fbank import fbank, fbank_settings
-from utils import UserError
+from utils import BadUtterance, UserError
 
 RATE = 16000
-
-
 FILES = Path(__file__).parent / "audio"  # written by sox and ffmpeg, see make_files.sh there
 
 
@@ -45,7 +45,8 @@ def test_every_kind_of_file_gives_its_16_bit_integers(tmp_path):
     extremes = np.array([-32768, -32767, -1, 0, 1, 32767], np.int16)
     samples = np.concatenate([extremes, speech()])
     kinds = [{"subtype": name} for name in ("PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")]
-    kinds += [{"format": name} for name in audio.FORMATS[1:9]]
+    formats = ("WAVEX", "RF64", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC")
+    kinds += [{"format": name} for name in formats]
     kinds += [{"format": "FLAC", "subtype": "PCM_24"}, {"format": "AU", "endian": "LITTLE"}]
     for kw in [*kinds, {"endian": "BIG"}]:
         found = read(write(tmp_path / "a.wav", samples / 32768, **kw))  # whatever its name
@@ -69,6 +70,8 @@ def test_files_of_other_writers_give_what_these_decode():
     left = read(FILES / "stereo.flac", resample=True, channel=0)
     assert len(left) == 6400 and np.abs(left - decoded("stereo")).max() < 2  # sox dithers
     assert len(read(FILES / "ffmpeg-cbr.mp3")) == 36 * 576  # no header says so
+    for name in ("ffmpeg-pipe.wav", "ffmpeg-pipe.au"):  # 2^32 - 1 bytes by their headers
+        assert np.array_equal(read(FILES / name), decoded("sox")), name
 
 
 def test_wav_with_other_chunks_around_the_samples(tmp_path):
@@ -94,8 +97,39 @@ def test_a_part_of_a_file_in_blocks_of_any_size(tmp_path, monkeypatch):
                 found = np.concatenate([*read_blocks(recording, RATE)])
                 assert np.array_equal(found, expected), (path, size, start, end)
     for start, end in [(2.1, 2.2), (1.0, 2.6)]:
-        with pytest.raises(UserError, match=r"a\.wav: utterance utt: from .* but the file has 2 s"):
+        with pytest.raises(BadUtterance, match=r"a\.wav: utterance utt: .* but the file has 2 s"):
             [*read_blocks(Recording("utt", files[0], start=start, end=end), RATE)]
+
+
+def test_all_segments_of_a_file_are_read_in_one_pass(tmp_path, monkeypatch):
+    """Even of an MP3, in which seeking is not exact: it is decoded forward, once."""
+    samples_read, read_samples = [], soundfile.SoundFile.read
+
+    def counting(self, frames=-1, **kw):
+        samples = read_samples(self, frames, **kw)
+        samples_read.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    for name in ("a.mp3", "a.flac"):
+        path = write(tmp_path / name, speech(4))
+        whole = read(path)
+        starts = [3, 0, 1, 2]  # as their ids are sorted
+        recordings = [
+            Recording(f"utt-{i}", path, start=start, end=start + 0.5)
+            for i, start in enumerate(starts)
+        ]
+        samples_read.clear()
+        ((position, job),) = audio.audio_jobs(recordings, fbank_settings())
+        found = {
+            utt_id: np.concatenate([*read_frames()])
+            for utt_id, _, read_frames in pickle.loads(pickle.dumps(job))([])
+        }
+        assert position == 4 and sum(samples_read) <= 3.5 * RATE
+        assert list(found) == ["utt-1", "utt-2", "utt-3", "utt-0"]
+        for recording in recordings:
+            part = whole[recording.start * RATE :][: RATE // 2]
+            assert np.array_equal(found[recording.utt_id], fbank(part, fbank_settings()))
 
 
 def test_resampled_in_blocks_as_whole(tmp_path, monkeypatch):
@@ -111,49 +145,68 @@ def test_resampled_in_blocks_as_whole(tmp_path, monkeypatch):
     np.testing.assert_allclose(read(path, resample=True), whole, atol=0.01)
 
 
-def test_rates_and_channels_are_refused_with_the_flags_that_help(tmp_path):
+def test_rates_and_channels_are_rejected_with_the_flags_that_help(tmp_path):
     path = write(tmp_path / "a.flac", np.stack([speech(), -speech()], axis=1), 8000)
-    refused(path, "8000 Hz, expected 16000 Hz; 2 channels.*: .*--resample and --channel K")
-    refused(path, "2 channels, expected 1: .*with --channel K", resample=True)
-    refused(path, "no channel 2, only 2", resample=True, channel=2)
+    rejected(path, "8000 Hz, expected 16000 Hz; it has 2 channels.*: .*--resample and --channel K")
+    rejected(path, "2 channels, expected 1: .*with --channel K", resample=True)
+    rejected(path, "no channel 2: it has 2", resample=True, channel=2)
     left, right = (read(path, resample=True, channel=k) for k in (0, 1))
     assert np.array_equal(left, -right)
     assert np.array_equal(read(write(tmp_path / "a.wav", speech()), channel=0), speech())
 
 
-def refused(path, reason, **options):
-    """The message starts with the file's name, is one line, and matches reason."""
-    with pytest.raises(UserError, match=reason) as caught:
+def rejected(path, reason, **options):
+    """The error starts with the file's name, is one line, and matches reason."""
+    with pytest.raises(BadUtterance, match=reason) as caught:
         read(path, **options)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_was_cut_is_refused(tmp_path, capfd):
-    """Wherever it was cut, whatever it is; libsndfile believes most of these."""
-    formats = ["WAV", "RF64", "WAVEX", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "MP3", "OGG"]
-    kinds = [{"format": name} for name in formats]
-    kinds += [{"endian": "BIG"}, {"format": "AU", "endian": "LITTLE"}]
-    kinds += [{"format": "OGG", "subtype": "OPUS"}, {"format": "AIFF", "subtype": "FLOAT"}]
-    for kw in kinds:
-        path = Path(write(tmp_path / "a.wav", speech(4) / 32768, **kw))
-        whole = path.read_bytes()
-        shares = [int(len(whole) * share) for share in (0.1, 0.35, 0.7, 0.99)]
-        for size in (16, 40, 1030, *shares, len(whole) - 1):
-            path.write_bytes(whole[:size])
-            refused(path, "truncated|decoded")
-    assert capfd.readouterr().err == "", "decoders talk past the error line"
+def set_size(path, size):
+    """Let a WAV's header state `size` bytes of samples."""
+    content = bytearray(path.read_bytes())
+    content[40:44] = struct.pack("<I", size)
+    path.write_bytes(content)
 
 
-def test_both_numbers_of_a_file_that_was_cut(tmp_path):
-    for kw, numbers in [
-        ({"format": "NIST"}, "6000 of the 16000 samples"),
-        ({"format": "W64"}, "12000 of the 32000 bytes"),
-        ({}, "12000 of the 32000 bytes"),
-    ]:
-        path = Path(write(tmp_path / "a.wav", speech(), **kw))
-        path.write_bytes(path.read_bytes()[: 12000 - 32000])
-        refused(path, f"truncated: {numbers}")
+@pytest.mark.parametrize("stated, seconds", [(32726, 1.0), (2**32 - 1, 1.0), (8000, 0.25)])
+def test_a_wav_of_another_length_than_its_header_states_is_read_with_a_warning(
+    tmp_path, stated, seconds
+):
+    path = Path(write(tmp_path / "a.wav", speech()))
+    set_size(path, stated)
+    notes = []
+    assert np.array_equal(read(path, notes=notes), speech()[: round(seconds * RATE)])
+    assert notes == [
+        f"{path}: its header states {stated} bytes of samples, but the file holds 32000: "
+        f"{seconds:.2f} s were read"
+    ]
+
+
+def test_what_stands_behind_the_samples_of_a_wav_gives_no_warning(tmp_path):
+    for samples in (speech()[:1000], speech()[:1001]):  # the latter with a byte of padding
+        path, notes = Path(write(tmp_path / "a.wav", samples, subtype="PCM_U8")), []
+        content = path.read_bytes()
+        for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO", bytes(5)):
+            path.write_bytes(content + more)
+            assert len(read(path, notes=notes)) == len(samples)
+        assert notes == []
+
+
+def test_a_wav_that_was_written_to_a_pipe_is_rejected_with_the_way_out(tmp_path):
+    path = Path(write(tmp_path / "it's.wav", speech()))
+    set_size(path, 0)
+    rejected(path, r"states 0 bytes .* holds 32000.*sox --ignore-length '.*its?.*OUT\.wav")
+
+
+def test_a_flac_that_was_written_to_a_pipe_is_read(tmp_path):
+    path = Path(write(tmp_path / "a.flac", speech()))
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # the length has 36 bits
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    assert np.array_equal(read(path), speech())
 
 
 def test_damaged_in_the_middle(tmp_path):
@@ -162,65 +215,48 @@ def test_damaged_in_the_middle(tmp_path):
         whole = path.read_bytes()
         middle = len(whole) // 2
         path.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
-        refused(path, "decoded|truncated")
-
-
-def test_what_was_written_to_a_pipe_is_refused_with_the_way_out(tmp_path):
-    for name in ("ffmpeg-pipe.wav", "ffmpeg-pipe.au"):
-        refused(FILES / name, rf"12800 of the 4294967295 .*sox --ignore-length \S*{name} OUT\.wav")
-    path = Path(write(tmp_path / "it's.wav", speech()))
-    content = bytearray(path.read_bytes())
-    content[40:44] = bytes(4)
-    path.write_bytes(content)
-    refused(
-        path, r"says 0 bytes of samples, and 32000 follow.*sox --ignore-length '.*its?.*OUT\.wav"
-    )
+        rejected(path, "decoded|decoding ended after")
     path = Path(write(tmp_path / "a.flac", speech()))
-    content = bytearray(path.read_bytes())
-    for total in (0, 2**36 - 1, 2**36 - 2, RATE + 1):  # the first two: written to a pipe
-        content[21] = content[21] & 0xF0 | total >> 32  # 36 bits, after 4 + 4 + 13.5 bytes
-        content[22:26] = struct.pack(">I", total & 0xFFFFFFFF)
-        path.write_bytes(content)
-        unknown = total in (0, 2**36 - 1)
-        refused(path, r"how long .* sox \S*a\.flac OUT" if unknown else "decoded|truncated")
+    path.write_bytes(path.read_bytes()[:-5000])
+    rejected(path, "cannot be decoded")
 
 
-def test_what_libsndfile_cannot_decode_is_refused_with_the_tool_that_can(tmp_path):
-    refused(FILES / "ffmpeg.m4a", r"MPEG-4 audio.*: ffmpeg -i \S*ffmpeg\.m4a OUT\.wav")
-    # It would stop after 0.7 of 1.2 s: all frames are taken to be as long as the first.
-    refused(FILES / "ffmpeg-vbr.mp3", r"11016 of 18432 samples; .* ffmpeg -i \S*vbr\.mp3 OUT\.flac")
+def test_what_libsndfile_cannot_decode_is_rejected_with_what_helps(tmp_path):
+    rejected(FILES / "ffmpeg.m4a", r"MPEG-4 audio.*: ffmpeg -i \S*ffmpeg\.m4a OUT\.wav")
     sphere = (FILES / "sox.sph").read_bytes()
-    path, shorten = tmp_path / "a.wav", b"sample_coding -s26 pcm,embedded-shorten-v2.00\nend_head"
-    assert b"end_head" in sphere
-    for content in (sphere.replace(b"end_head", shorten), b"ajkg\x02\xfb"):
-        path.write_bytes(content)
-        refused(path, r"Shorten.*: sph2pipe -f wav \S*a\.wav OUT\.wav")
-    refused(write(tmp_path / "b.wav", speech(), format="VOC"), r"VOC.*: sox \S*b\.wav OUT")
+    path = tmp_path / "a.wav"
     for content in (
-        b"",
-        b"fLaC",
-        b"RIFF",
-        b".snd",
-        b"ID3",
-        b"NIST_1A\n",
-        b"hello\n" * 99,
-        bytes(4096),
+        sphere.replace(b"-s3 pcm", b"-s26 pcm,embedded-shorten-v2.00"),
+        b"ajkg\x02\xfb",
     ):
         path.write_bytes(content)
-        refused(path, "cannot be decoded|truncated|header says 0")
-    refused(tmp_path / "gone.wav", "No such file")
-    os.mkfifo(tmp_path / "pipe.wav")  # opened, it would be waited for
-    refused(tmp_path / "pipe.wav", "not a regular file")
+        rejected(path, r"Shorten.*: sph2pipe -f wav \S*a\.wav OUT\.wav")
+    path.write_bytes(b"")
+    rejected(path, r"the file is empty \(0 bytes\)")
+    caf = Path(write(tmp_path / "a.caf", speech())).read_bytes()
+    place = caf.index(b"data") + 4
+    for content in (
+        caf[:place] + b"\xff" * 8 + caf[place + 8 :],  # of unknown length
+        *(b"fLaC", b"RIFF", b"NIST_1A\n", b"hello\n" * 99, bytes(4096)),
+    ):
+        path.write_bytes(content)
+        rejected(path, r"cannot be decoded.* unknown length .*ffmpeg -i \S*a\.wav OUT\.wav")
 
 
-def test_samples_that_mean_nothing_are_refused(tmp_path):
+def test_a_file_that_is_not_there(tmp_path, monkeypatch):
+    rejected(tmp_path / "gone.wav", "No such file or directory$")
+    monkeypatch.chdir(tmp_path)
+    rejected("gone.wav", f"relative paths start from {tmp_path}")
+
+
+def test_samples_out_of_range_are_rejected(tmp_path):
     for bad in (np.nan, np.inf, -np.inf, 1e38):  # the last overflows in 16-bit range
         samples = speech().astype(np.float32) / 32768
         samples[700] = bad
-        refused(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite")
+        rejected(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite")
     for subtype in ("FLOAT", "DOUBLE"):  # 16-bit values in a floating-point file
         path = write(tmp_path / "a.wav", speech().astype(np.float32), subtype=subtype)
-        refused(path, rf"floating-point samples up to {np.abs(speech()).max():g}, expected -1 to 1")
+        rejected(path, rf"samples up to {np.abs(speech()).max():g}, expected -1 to 1")
     loud = write(tmp_path / "a.wav", np.full(500, 1.5), subtype="FLOAT")  # an overshoot is none
     assert np.array_equal(read(loud), np.full(500, 49152, np.float32))
 
@@ -234,10 +270,11 @@ def touch(root, *names):
         (root / name).write_bytes(b"")
 
 
-def test_find_audio_lists_a_tree_by_id_and_tells_what_it_leaves_out(tmp_path):
+def test_find_audio_lists_a_tree_by_id_and_what_it_ignores(tmp_path):
     touch(tmp_path, "in/84/121123/84-121123-0001.flac", "in/84/121123/84-121123-0000.flac")
     touch(tmp_path, "in/103/1240/103-1240-0000.FLAC", "in/z.b.Wav", "in/84/1/84-1.trans.txt")
     touch(tmp_path, "in/.hidden/x.wav", "in/._z.wav", "in/84/LICENSE", "elsewhere/85/c.mp3")
+    touch(tmp_path, "in/84/Thumbs.db", "in/84/.DS_Store", "in/84/.nfs0001")
     (tmp_path / "in" / "84" / "loop").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "84" / "y.wav").symlink_to(tmp_path / "in" / "z.b.Wav")
     (tmp_path / "in" / "85").symlink_to("../elsewhere/85")
@@ -252,17 +289,18 @@ def test_find_audio_lists_a_tree_by_id_and_tells_what_it_leaves_out(tmp_path):
     }
     assert all(os.path.isfile(recording.path) for recording in found)
     assert [recording.utt_id for recording in found] == sorted(r.utt_id for r in found)
-    expected = {".hidden": "hidden", "._z.wav": "hidden", "84/LICENSE": "no ending"}
-    expected |= {"84/loop": "a link to a folder around it", "84/1/84-1.trans.txt": ".txt"}
+    expected = {".hidden": "hidden", "._z.wav": "hidden", "84/LICENSE": "no extension"}
+    expected |= {"84/loop": "a link to a folder above it", "84/1/84-1.trans.txt": ".txt"}
+    expected |= {"84/Thumbs.db": ".db", "84/.DS_Store": "hidden", "84/.nfs0001": "hidden"}
     assert {*left_out} == {f"{tmp_path}/in/{name}: {why}" for name, why in expected.items()}
-    counts = "1 .txt, 1 a link to a folder around it, 2 hidden, 1 no ending"
+    counts = "1 .db, 1 .txt, 1 a link to a folder above it, 4 hidden, 1 no extension"
     assert count_left_out(left_out) == counts
     assert find_audio(found[0].path) == ([found[0]._replace(speaker=None)], [])
 
 
 def test_ids_from_paths(tmp_path):
     touch(tmp_path, "id1/a/00001.wav", "id1/b/00001.wav", "id2/a/00001.wav", "00001.wav")
-    with pytest.raises(UserError, match=r"00001\.wav and \S*00001\.wav: two .* --ids_from_paths"):
+    with pytest.raises(UserError, match=r"00001\.wav and \S*00001\.wav: .*--ids_from_paths"):
         find_audio(tmp_path)
     found, _ = find_audio(tmp_path, ids_from_paths=True)
     ids = {recording.utt_id: recording.speaker for recording in found}
@@ -272,20 +310,82 @@ def test_ids_from_paths(tmp_path):
         find_audio(tmp_path, ids_from_paths=True)
 
 
+def test_one_kind_of_file_by_pattern(tmp_path):
+    """FLAC and WAV of one utterance, and VCTK's two microphones."""
+    touch(tmp_path, "a/1.wav", "a/1.flac", "a/2_mic1.flac", "a/2_mic2.flac")
+    message = r"two files with the utterance id (a-)?1: .*--pattern '\*\.(flac|wav)'"
+    for ids_from_paths in (False, True):
+        with pytest.raises(UserError, match=message):
+            find_audio(tmp_path, ids_from_paths=ids_from_paths)
+    for pattern, ids in [("*.wav", ["1"]), ("*_mic1.flac", ["2_mic1"]), ("a/2*1.*", ["2_mic1"])]:
+        found, ignored = find_audio(tmp_path, pattern=pattern)
+        assert [recording.utt_id for recording in found] == ids
+        assert count_left_out(ignored) == "3 does not match --pattern"
+
+
+def test_names_with_spaces_and_accents_can_be_given_a_speaker(tmp_path, caplog):
+    touch(tmp_path, "in/my recording 1.wav", "in/cafe\u0301.wav")  # decomposed, as on macOS
+    (tmp_path / "utt2spk").write_text("my_recording_1 anna\ncaf\u00e9 bert\n", encoding="utf-8")
+    found, _ = find_audio(tmp_path / "in")
+    assert speakers_of(found, tmp_path / "in", tmp_path / "utt2spk") == {
+        "my_recording_1": "anna",
+        "caf\u00e9": "bert",
+    }
+    assert caplog.messages == [f"{tmp_path}/in: spaces in 1 file names are '_' in their ids"]
+
+
 def test_speakers_are_known_or_asked_for(tmp_path):
     touch(tmp_path, "p225/a.wav", "p226/b.wav")
-    assert speakers_of(find_audio(tmp_path)[0]) == {"a": "p225", "b": "p226"}
+    assert speakers_of(find_audio(tmp_path)[0], tmp_path) == {"a": "p225", "b": "p226"}
     touch(tmp_path, "c.wav")
-    with pytest.raises(UserError, match=r"c\.wav: utterance c: .*--utt2spk.*--cmvn utterance"):
-        speakers_of(find_audio(tmp_path)[0])
+    message = r"c\.wav: the speaker of utterance c, .*, or use --this or --that"
+    with pytest.raises(UserError, match=message):
+        speakers_of(find_audio(tmp_path)[0], tmp_path, ways_out="--this or --that")
+    (tmp_path / "utt2spk").write_text("a x\nb y\n")
+    with pytest.raises(UserError, match=r"c\.wav: .* utterance c, .* not in \S*utt2spk"):
+        speakers_of(find_audio(tmp_path)[0], tmp_path, tmp_path / "utt2spk")
 
 
-def test_find_audio_refuses_what_holds_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "names, below",
+    [
+        (["train-clean-360/84/1/a.flac", "dev-clean/85/1/b.flac"], "dev-clean"),  # LibriSpeech
+        (["train/audio/1/1/a.flac", "train/audio/2/1/b.flac"], "train"),  # MLS
+        (["audio/1/1/a.flac", "audio/2/1/b.flac"], "audio"),
+        (["clips/a.mp3", "clips/b.mp3"], "clips"),  # Common Voice
+        (["podcast/P1/a.opus", "youtube/Y1/b.opus"], "podcast"),  # GigaSpeech
+        (["TRAIN/DR1/FABC0/a.wav", "TEST/DR1/MABC0/b.wav"], "TEST"),  # TIMIT
+        (["corpus/1/1/a.wav", "corpus/2/1/b.wav"], "corpus"),
+    ],
+)
+def test_parts_of_a_corpus_are_not_taken_for_speakers(tmp_path, names, below):
+    touch(tmp_path, *names)
+    recordings, _ = find_audio(tmp_path)
+    message = rf"such as {tmp_path}/{below}, or use --utt2spk FILE"
+    with pytest.raises(UserError, match=message):
+        speakers_of(recordings, tmp_path)
+    speakers = tmp_path / "utt2spk"
+    speakers.write_text("a 1\nb 2\n")
+    assert speakers_of(recordings, tmp_path, speakers) == {"a": "1", "b": "2"}
+
+
+def test_a_single_speaker_is_a_warning(tmp_path, caplog):
+    touch(tmp_path, "84/1/a.flac", "84/2/b.flac")
+    assert speakers_of(find_audio(tmp_path)[0], tmp_path) == {"a": "84", "b": "84"}
+    assert "of one speaker, 84: if they are not, use --utt2spk FILE" in caplog.text
+
+
+def test_speakers_described():
+    assert describe_speakers("a" * 3 + "b") == "2 (a, b), 2 utterances each"
+    assert describe_speakers("dcba") == "4 (a, b, c, ...), 1 utterances each"
+
+
+def test_find_audio_rejects_what_holds_none(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gone: no such"):
         find_audio(tmp_path / "gone")
     touch(tmp_path, "a.txt")
     for path in (tmp_path, tmp_path / "a.txt"):
-        with pytest.raises(UserError, match=r"no audio file: .*\.wav \.flac.*left out: 1 \.txt"):
+        with pytest.raises(UserError, match=r"no audio files: .*\.wav \.flac.*ignored: 1 \.txt"):
             find_audio(path)
     touch(tmp_path, "b.wav", "locked/x.wav")
     scandir = os.scandir
@@ -298,13 +398,19 @@ def test_find_audio_refuses_what_holds_none(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", locked)  # root may read everything
     with pytest.raises(PermissionError, match="locked"):
         find_audio(tmp_path)
+    bad = []
+    found, _ = find_audio(tmp_path, bad=bad)
+    assert [recording.utt_id for recording in found] == ["b"]
+    assert len(bad) == 1 and "Permission denied" in bad[0]
 
 
-def test_names_that_cannot_be_ids_are_refused(tmp_path):
-    for name in ("a\\b.wav", os.fsdecode(b"caf\xe9.wav"), "new\nline.wav"):
+def test_names_that_cannot_be_ids_are_rejected(tmp_path):
+    for name in ("a\\b.wav", os.fsdecode(b"caf\xe9.wav"), "bell\7.wav"):
         touch(tmp_path, f"x/{name}")
         with pytest.raises(UserError, match="utterance id .* cannot be a file name"):
             find_audio(tmp_path)
+        bad = []
+        assert find_audio(tmp_path, bad=bad) == ([], []) and "cannot be a file name" in bad[0]
         (tmp_path / "x" / name).unlink()
 
 
@@ -322,25 +428,49 @@ def test_a_kaldi_data_directory(tmp_path):
         (tmp_path / name).write_text(text)
     found, left_out = find_audio(tmp_path)
     assert left_out == []
-    assert speakers_of(found) == {"a": "anna", "b": "bert"}
+    assert speakers_of(found, tmp_path) == {"a": "anna", "b": "bert"}
     samples = [np.concatenate([*read_blocks(recording, RATE)]) for recording in found]
     assert np.array_equal(samples[0], sound[32000:, 1])
     assert np.array_equal(samples[1], sound[8000:20000, 0])
+    flag = [np.concatenate([*read_blocks(recording, RATE, channel=1)]) for recording in found]
+    assert np.array_equal(flag[1], samples[1]), "--channel overrules the tables"
     for name in ("segments", "utt2spk"):
         (tmp_path / name).unlink()
     found, _ = find_audio(tmp_path)
     assert [recording.utt_id for recording in found] == ["rec-A", "rec-B"]
     assert np.array_equal(np.concatenate([*read_blocks(found[1], RATE)]), sound[:, 1])
+    (tmp_path / "reco2file_and_channel").write_text("rec-A f 1\nrec-B f 2\n")  # NIST's numbers
+    assert [recording.channel for recording in find_audio(tmp_path)[0]] == [0, 1]
     with pytest.raises(UserError, match="--utt2spk"):
-        speakers_of(found)
+        speakers_of(found, tmp_path)
     with pytest.raises(UserError, match="--ids_from_paths"):
         find_audio(tmp_path, ids_from_paths=True)
+    (tmp_path / "segments").write_text("a rec-A 0 1 1\nb rec-A 1 2 0\nc rec-A 2 3\n")
+    assert [recording.channel for recording in find_audio(tmp_path)[0]] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["segments", "utt2spk", "wav.scp"])
+def test_an_empty_table_of_a_data_directory_is_an_error(tmp_path, name):
+    (tmp_path / "wav.scp").write_text("rec a.wav\n")
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(UserError, match=f"{name}: this table is empty"):
+        find_audio(tmp_path)
+
+
+def test_bad_segments_may_be_skipped(tmp_path):
+    (tmp_path / "wav.scp").write_text("rec a.wav\n")
+    (tmp_path / "segments").write_text("a rec 1 0\nb rec 1 1\nc rec 0 1\n../d rec 0 1\n")
+    bad = []
+    found, _ = find_audio(tmp_path, bad=bad)
+    assert [recording.utt_id for recording in found] == ["c"]
+    assert len(bad) == 3 and "start < end, in seconds, found '1 0'" in bad[1]
 
 
 @pytest.mark.parametrize(
     "name, line, reason",
     [
-        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: is a pipe"),
+        ("wav.scp", "r sph2pipe -f wav a.sph |", r"wav\.scp:2: recording r: pipes are not supp"),
+        ("wav.scp", "r data_wav.ark:2", r"wav\.scp:2: recording r: audio in archives is not"),
         ("wav.scp", "alone", r"wav\.scp:2: expected a recording and its file, found 'alone'"),
         ("segments", "a r 0 1", r"segments:1: utterance a: r is not in wav\.scp"),
         ("segments", "a rec 1 0", r"segments:1: utterance a: expected 0 <= start < end"),
@@ -348,7 +478,8 @@ def test_a_kaldi_data_directory(tmp_path):
         ("segments", "../a rec 0 1", r"segments:1: utterance id"),
         ("segments", "a rec 0", r"segments:1: expected an utterance and a recording and its st"),
         ("segments", "a rec 0 1\na rec 1 2", r"segments:2: a has .*segments:1"),
-        ("reco2file_and_channel", "rec f 1", r"channel:1: expected a channel A, B, .*found '1'"),
+        ("segments", "a rec 0 1 A", r"segments:1: utterance a: expected a channel, from 0"),
+        ("reco2file_and_channel", "rec f 0", r"channel:1: expected a channel A, B, .*found '0'"),
         ("utt2spk", "a s\na t", r"utt2spk:2: a has 't' here, and 's' in \S*utt2spk:1"),
     ],
 )
@@ -366,5 +497,7 @@ def test_log_mel_frames_of_a_file(tmp_path, monkeypatch):
     for size in (100, 12345, 1 << 20):
         monkeypatch.setattr(audio, "BLOCK_SIZE", size)
         assert np.array_equal(read_fbank(Recording("utt", path), settings), whole)
-    with pytest.raises(UserError, match=r"b\.wav: 399 samples are fewer than one window \(400"):
+    with pytest.raises(UserError, match=r"b\.wav: its 399 samples are fewer than one window \(400"):
         read_fbank(Recording("utt", write(tmp_path / "b.wav", speech()[:399])), settings)
+    with pytest.raises(UserError, match=r"a\.flac: utterance utt: its 160 samples are fewer"):
+        read_fbank(Recording("utt", path, start=1, end=1.01), settings)

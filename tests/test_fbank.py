@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import speech
 
-from formats.fbank import apply_cmvn, cmvn_stats, fbank, fbank_blocks, fbank_settings
+from formats.fbank import CMVN, cmvn_stats, fbank, fbank_blocks, fbank_settings
 from utils import UserError
 
 RATE = 16000
@@ -70,7 +70,7 @@ def options_by_hand(settings):
     return options
 
 
-def test_settings_are_the_originals_and_nothing_is_left_to_the_library():
+def test_settings_are_the_originals_and_no_option_is_left_to_the_library():
     """Also fails when a new version of the library brings a new option."""
     settings = fbank_settings()
     assert settings == PREPARED == fbank_settings(PREPARED)
@@ -81,6 +81,7 @@ def test_settings_are_the_originals_and_nothing_is_left_to_the_library():
 
 
 def test_every_setting_reaches_the_library(monkeypatch):
+    """But dither, which is added before."""
     seen = []
 
     def refuse(options):
@@ -93,7 +94,8 @@ def test_every_setting_reaches_the_library(monkeypatch):
         settings = PREPARED | {name: change[type(value)](value)}
         with pytest.raises(UserError, match="seen"):
             fbank(np.zeros(RATE, np.float32), fbank_settings(settings))
-        assert seen.pop() == options_by_hand(settings).as_dict(), name
+        expected = options_by_hand(settings | {"dither": 0.0})
+        assert seen.pop() == expected.as_dict(), name
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_every_setting_reaches_the_library(monkeypatch):
         ("frame_shift_ms", [0.01], "less than a sample"),
     ],
 )
-def test_settings_that_mean_nothing_are_a_value_error(name, values, reason):
+def test_settings_out_of_range_are_a_value_error(name, values, reason):
     for value in values:
         with pytest.raises(ValueError, match=reason):
             fbank(np.zeros(RATE, np.float32), fbank_settings({name: value}))
@@ -150,6 +152,14 @@ def test_dither_adds_noise_of_one_16_bit_step():
     assert abs(frames.mean() - reference_fbank(noise).mean()) < 0.05
 
 
+def test_dither_depends_on_the_utterance_only():
+    samples, settings = speech().astype(np.float32), fbank_settings({"dither": 1.0})
+    frames = fbank(samples, settings, utt_id="a")
+    assert not np.array_equal(frames, fbank(samples, settings, utt_id="b"))
+    again = fbank_blocks(np.split(samples, [100, 5000]), settings, utt_id="a")
+    assert np.array_equal(frames, np.concatenate([*again]))
+
+
 def test_blocks_give_what_the_whole_gives():
     samples, settings = speech(2).astype(np.float32), fbank_settings()
     whole = fbank(samples, settings)
@@ -160,10 +170,12 @@ def test_blocks_give_what_the_whole_gives():
         assert np.array_equal(np.concatenate(frames), whole)
 
 
-def test_what_cannot_be_computed_is_refused_by_name():
+def test_what_cannot_be_computed_is_an_error_that_names_it():
     settings, loud = fbank_settings(), speech().astype(np.float32) * 1e30
     for count in (0, 399):
-        with pytest.raises(UserError, match=rf"a\.wav: {count} samples are fewer than one window"):
+        with pytest.raises(
+            UserError, match=rf"a\.wav: its {count} samples are fewer than one window"
+        ):
             fbank(np.zeros(count, np.float32), settings, name="a.wav")
     with pytest.raises(UserError, match=r"a\.wav: .*NaN or infinite"):
         fbank(loud, settings, name="a.wav")
@@ -189,11 +201,11 @@ def test_cmvn_is_kaldis_or_that_of_torch_std():
     stats = cmvn_stats(frames[:40]) + cmvn_stats(frames[40:])
     wide, torchs = frames.astype(np.float64), torch.from_numpy(frames).double()
     for options, expected in [
-        ({"norm_vars": False}, kaldi_apply_cmvn(wide, wide[:40], norm_vars=False)),
+        ({}, kaldi_apply_cmvn(wide, wide[:40], norm_vars=False)),
         ({"norm_vars": True}, kaldi_apply_cmvn(wide, wide[:40], norm_vars=True)),
         ({"norm_vars": True, "unbiased": True}, ((torchs - torchs.mean(0)) / torchs.std(0))[:40]),
     ]:
-        normalised = apply_cmvn(frames[:40], stats, **options)
+        normalised = CMVN("speaker", **options).apply(frames[:40], stats)
         assert normalised.dtype == np.float32
         np.testing.assert_allclose(normalised, expected, rtol=0, atol=1e-6, err_msg=options)
 
@@ -218,8 +230,38 @@ def test_constant_dimensions_become_zero():
     stats = sum(cmvn_stats(frames[:length]) for length in rng.integers(1, 999, 1000))
     for unbiased in (False, True):
         with np.errstate(divide="raise", invalid="raise"):
-            normalised = apply_cmvn(frames, stats, norm_vars=True, unbiased=unbiased)
-            one = apply_cmvn(frames[:1], cmvn_stats(frames[:1]), True, unbiased)
+            cmvn = CMVN("speaker", norm_vars=True, unbiased=unbiased)
+            normalised = cmvn.apply(frames, stats)
+            one = cmvn.apply(frames[:1], cmvn_stats(frames[:1]))
         assert normalised[:, 2].std() > 0.5
         normalised[:, 2] = 0
         assert not normalised.any() and not one.any()
+
+
+def test_cmvn_none_changes_nothing():
+    frames = np.ones((3, 2), np.float32)
+    assert CMVN("none").apply(frames, None) is frames
+
+
+def test_cmvn_groups():
+    utt2spk = {"a": "anna"}
+    for kind, group in [("speaker", "anna"), ("utterance", "a"), ("global", "all"), ("none", "a")]:
+        assert CMVN(kind).group("a", "feats:1", utt2spk) == group
+    with pytest.raises(UserError, match="feats:1: utterance b has no speaker in utt2spk"):
+        CMVN("speaker").group("b", "feats:1", utt2spk)
+
+
+def test_cmvn_of_prepared_json():
+    """Folders from before there was norm_vars were normalised by the variance as well."""
+    for prepared, expected in [
+        ({"cmvn": "speaker", "norm_vars": False}, CMVN("speaker")),
+        ({"cmvn": "utterance", "norm_vars": True}, CMVN("utterance", norm_vars=True)),
+        ({"cmvn": "speaker"}, CMVN("speaker", norm_vars=True)),
+        (
+            {"cmvn": "utterance", "norm_vars": True, "unbiased_vars": True},
+            CMVN("utterance", True, True),
+        ),
+        ({"cmvn": "none"}, CMVN("none")),
+        ({}, CMVN("none")),
+    ]:
+        assert CMVN.from_prepared(prepared) == expected

@@ -11,11 +11,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import Hostile, speech
-from processes import error_line, snapshot
+from conftest import Hostile, error_line, speech
 from test_audio import write
 from test_fbank import PREPARED, reference_fbank
-from test_load_pretrained import assert_same_outputs, save_model
+from test_load_pretrained import assert_same_outputs, save_model, snapshot
 from torch import nn
 
 import extract_features
@@ -44,16 +43,26 @@ class S3prlAPC(nn.Module):
     """Its APC: built from the keywords in `paras`, of GRU layers and a linear postnet.
 
     Dropout follows every layer. A residual sum happens from the second layer on, and nowhere else.
+    With `vq` it is VQ-APC: each group of the last layer's units is replaced, for the prediction, by
+    the row of its codebook that has the largest logit.
     """
 
-    def __init__(self, feat_dim, num_layers, hidden_size, dropout, residual):
+    def __init__(self, feat_dim, num_layers, hidden_size, dropout, residual, vq=None):
         super().__init__()
-        widths = [feat_dim] + [hidden_size] * num_layers
-        pairs = zip(widths, widths[1:])
+        sizes = [feat_dim] + [hidden_size] * num_layers
+        pairs = zip(sizes, sizes[1:])
         self.rnn_layers = nn.ModuleList(nn.GRU(a, b, batch_first=True) for a, b in pairs)
         self.drop = nn.Dropout(dropout)
         self.residual = residual
         self.postnet = nn.Linear(hidden_size, feat_dim)
+        self.code_dims = vq["code_dim"] if vq else []
+        if vq:
+            self.vq_layers = nn.ModuleList()
+            for size, dim in zip(vq["codebook_size"], vq["code_dim"]):
+                group = nn.Module()
+                group.vq_logits = nn.Linear(dim, size)
+                group.codebook_CxE = nn.Linear(size, dim, bias=False)
+                self.vq_layers.append(group)
 
     def forward(self, frames, lengths=None):
         """(B, T, D) -> predictions (B, T, D), every layer's outputs (L, B, T, H)."""
@@ -62,6 +71,13 @@ class S3prlAPC(nn.Module):
             out = self.drop(layer(frames)[0])
             frames = out + frames if number > 0 and self.residual else out
             outputs.append(frames)
+        if self.code_dims:
+            codes = []
+            for group, part in zip(self.vq_layers, frames.split(self.code_dims, dim=-1)):
+                logits = group.vq_logits(part)
+                one_hot = (logits == logits.amax(dim=-1, keepdim=True)).float()
+                codes.append(group.codebook_CxE(one_hot))
+            frames = torch.cat(codes, dim=-1)
         return self.postnet(frames), torch.stack(outputs)
 
 
@@ -82,7 +98,7 @@ def s3prl_frames(samples, sound):
     wave = torch.from_numpy(samples) / 32768
     window, shift = (int(16 * sound[name]) for name in ("frame_length", "frame_shift"))
     size = 2 ** (window - 1).bit_length()
-    if not sound["snip_edges"]:  # it goes on in the mirror
+    if not sound["snip_edges"]:  # it continues in the mirror
         count, before = (len(wave) + shift // 2) // shift, window // 2 - shift // 2
         end = (count - 1) * shift + window
         wave = torch.cat([wave[:before].flip(0), wave, wave.flip(0)])[:end]
@@ -162,7 +178,7 @@ def trained_on(cmvn, source="audio", options=None, **fbank):
     return [made | {"mel_dim": MEL, "max_seq_len": 1600, "version": "1.0.0"}]
 
 
-MEAN_ALONE, AS_S3PRL = {"norm_vars": False}, {"norm_vars": True, "unbiased_vars": True}
+MEAN_ONLY, AS_S3PRL = {"norm_vars": False}, {"norm_vars": True, "unbiased_vars": True}
 
 
 def our_model(path, data=None, residual=True, **shape):
@@ -184,7 +200,7 @@ def convert(call_main):
 
 
 @pytest.fixture
-def refuse(call_main):
+def reject(call_main):
     """load_pretrained.py -> the line with which it ends; warnings may precede it."""
     return lambda *argv: error_line(call_main(script, *argv), "load_pretrained.py")
 
@@ -223,7 +239,6 @@ def strip(content, name):
         {},
         {"residual": False},
         {"num_layers": 1, "residual": False},
-        {"num_layers": 11, "hidden_size": 6},
         {"hidden_size": MEL, "residual": False},
         {"dropout": 0, "num_layers": 2},  # YAML makes an integer of it
     ],
@@ -269,10 +284,44 @@ def test_audio_to_features_as_s3prl_does(tmp_path, extract, sound):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-# Refusals -----------------------------------------------------------------------------------------
+VQ = {"codebook_size": [10], "code_dim": [HIDDEN], "gumbel_temperature": 0.5}
 
 
-def test_its_flags_are_let_in_but_no_code_in_them(tmp_path, refuse):
+def test_vq_apc_predicts_from_codes_and_its_features_are_not_quantised(tmp_path, reject, call_main):
+    theirs = s3prl_file(tmp_path / "vq.ckpt", {"vq": VQ})
+    ours = load_pretrained(tmp_path / "vq.ckpt")
+    assert_same_outputs(ours, theirs, MEL)
+    predicted = theirs(torch.randn(2, 300, MEL))[0]
+    assert 1 < len(predicted.flatten(0, 1).unique(dim=0)) <= 10, "the codes are not in use"
+    frames = torch.randn(1, 9, MEL)
+    assert torch.equal(ours(frames, [7])[0][0, 7:], ours.postnet.layer.bias.expand(2, MEL))
+    for flag in ("--to_s3prl", "--to_onnx"):
+        assert "(VQ-APC)" in reject(tmp_path / "vq.ckpt", flag, tmp_path / "out")
+    done = call_main(script, tmp_path / "vq.ckpt", "--to_state_dict", tmp_path / "bare" / "vq.pt")
+    assert done.returncode == 0, done.stderr
+    assert_same_outputs(load_pretrained(tmp_path / "bare" / "vq.pt"), theirs, MEL)
+
+
+def test_other_quantised_models_are_rejected(tmp_path, reject):
+    """Several groups of codes; layers after lower ones, as in the original VQ-APC; no config."""
+
+    def drop_first(content):
+        weights = content["model"]
+        content["model"] = {name: weights[name] for name in weights if "vq_layers.0." not in name}
+
+    groups = {"codebook_size": [10, 10], "code_dim": [6, 10], "gumbel_temperature": 0.5}
+    s3prl_file(tmp_path / "groups.ckpt", {"vq": groups})
+    s3prl_file(tmp_path / "lower.ckpt", {"vq": groups}, edit=drop_first)
+    model = s3prl_file(tmp_path / "vq.ckpt", {"vq": VQ})
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    for name in ("groups.ckpt", "lower.ckpt", "bare.pt"):
+        assert "VQ-APC" in reject(tmp_path / name)
+
+
+# Rejections ---------------------------------------------------------------------------------------
+
+
+def test_its_flags_are_let_in_but_no_code_in_them(tmp_path, reject):
     """Namespaces, in which s3prl keeps its flags; and not by torch.load in the user's own code."""
     marker = tmp_path / "marker"
 
@@ -281,7 +330,7 @@ def test_its_flags_are_let_in_but_no_code_in_them(tmp_path, refuse):
 
     for legacy in (False, True):
         s3prl_file(tmp_path / "evil.ckpt", edit=attack, legacy=legacy)
-        refuse(tmp_path / "evil.ckpt")
+        reject(tmp_path / "evil.ckpt")
     assert not marker.exists()
     s3prl_file(tmp_path / "apc.ckpt")
     load_pretrained(tmp_path / "apc.ckpt")
@@ -293,50 +342,39 @@ MISSING = object()
 
 
 @pytest.mark.parametrize(
-    "keys, values",
+    "keys, value",
     [
-        ("config", [None, "apc.yaml", argparse.Namespace(data={}, model={})]),
-        ("config data", [MISSING, []]),
-        ("config data audio", [MISSING, "fbank"]),
-        ("config data audio feat_type", [MISSING, "mfcc"]),
-        ("config data audio feat_dim", [MISSING, "eighty"]),
-        ("config data audio frame_length", ["long", 0]),
-        ("config data audio low_freq", ["low"]),
-        ("config data audio vtln_warp", [1.1]),  # which is not supported
-        ("config data audio frame_shift", [None, float("inf")]),
-        ("config model", [MISSING]),
-        ("config model paras", [MISSING, None]),
-        ("config model paras residual", [MISSING]),
-        ("config model paras vq", [{"codebook_size": [128], "code_dim": [HIDDEN]}]),
-        ("config model paras dropout", ["some"]),
-        ("model", [None, {}, {1: torch.zeros(2)}]),
-        ("model rnn_layers.1.bias_hh_l0", [MISSING]),
-        ("model rnn_layers.0.weight_ih_l0", [torch.zeros(3 * HIDDEN, MEL + 1)]),
-        ("model decoder.weight", [torch.zeros(3)]),
-        ("model postnet.weight", [MISSING, torch.zeros(MEL), torch.zeros(())]),
+        ("config", "apc.yaml"),
+        ("config data audio", MISSING),
+        ("config data audio feat_type", "mfcc"),
+        ("config data audio feat_dim", "eighty"),
+        ("config data audio frame_length", "long"),
+        ("config data audio vtln_warp", 1.1),  # which is not supported
+        ("config model paras", None),
+        ("config model paras residual", MISSING),
+        ("model rnn_layers.1.bias_hh_l0", MISSING),
+        ("model postnet.weight", torch.zeros(MEL)),
     ],
 )
-def test_what_is_missing_or_invalid_ends_in_one_line(tmp_path, refuse, keys, values):
+def test_what_is_missing_or_invalid_ends_in_one_line(tmp_path, reject, keys, value):
     *path, last = keys.split()
-    for value in values:
 
-        def edit(content, value=value):
-            for key in path:
-                content = content[key]
-            content[last] = value
-            if value is MISSING:
-                del content[last]
+    def edit(content):
+        for key in path:
+            content = content[key]
+        content[last] = value
+        if value is MISSING:
+            del content[last]
 
-        s3prl_file(tmp_path / "apc.ckpt", edit=edit)
-        line = refuse(tmp_path / "apc.ckpt", "--to_s3prl", tmp_path / "out.ckpt")
-        is_named = value is MISSING or last == "vq"
-        assert "apc.ckpt" in line and (not is_named or last.split(".")[-1] in line.lower())
-        assert os.listdir(tmp_path) == ["apc.ckpt"]
+    s3prl_file(tmp_path / "apc.ckpt", edit=edit)
+    line = reject(tmp_path / "apc.ckpt", "--to_s3prl", tmp_path / "out.ckpt")
+    assert "apc.ckpt" in line and (value is not MISSING or last.split(".")[-1] in line)
+    assert os.listdir(tmp_path) == ["apc.ckpt"]
 
 
-def test_a_first_layer_that_would_be_residual_here_is_refused(tmp_path, refuse):
+def test_a_first_layer_that_would_be_residual_here_is_rejected(tmp_path, reject):
     s3prl_file(tmp_path / "apc.ckpt", {"hidden_size": MEL})
-    assert "another model in s3prl" in refuse(tmp_path / "apc.ckpt")
+    assert "another model in s3prl" in reject(tmp_path / "apc.ckpt")
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -344,7 +382,7 @@ def test_a_first_layer_that_would_be_residual_here_is_refused(tmp_path, refuse):
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"residual": False}, {"layers": 5, "hidden": 20}, {"hidden": MEL, "residual": False}],
+    [{}, {"layers": 5, "hidden": 20}, {"hidden": MEL, "residual": False}],
     ids=str,
 )
 def test_round_trip(tmp_path, convert, monkeypatch, shape):
@@ -353,14 +391,14 @@ def test_round_trip(tmp_path, convert, monkeypatch, shape):
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "b")
     warnings = convert("../a/foo.model", "--to_s3prl", "foo.ckpt", "--to_state_dict", "foo.pt")
-    # Its upstream takes the inputs of layers 1 and 2 (from 0), and the model's outputs.
-    assert ("layers 1, 2 and 5" in warnings) == ("layers" in shape)
+    # Its upstream takes the inputs of layers 1 and 2, and the model's outputs.
+    assert ("layers 0, 1 and 4" in warnings) == ("layers" in shape)
     assert sorted(os.listdir()) == ["config.json", "foo.ckpt", "foo.pt"]
 
     theirs, sound = from_export("foo.ckpt")
     assert_same_outputs(reference, theirs, MEL)
     paras = torch.load("foo.ckpt", weights_only=True)["config"]["model"]["paras"]
-    # s3prl hands these on as keywords: none more, none less.
+    # s3prl passes these as keywords: none more, none less.
     assert sound == SOUND and type(sound["feat_dim"]) is int
     assert paras.keys() == PARAS.keys() and paras["dropout"] == 0.2
 
@@ -372,7 +410,7 @@ def test_round_trip(tmp_path, convert, monkeypatch, shape):
 
 @pytest.mark.parametrize("cmvn", [True, False])
 def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
-    """Neither directly nor by way of bare weights and the config.json beside them."""
+    """Neither directly nor by way of a state dict and its config.json."""
     sound = {"frame_shift": 20, "frame_length": 32, "cmvn": cmvn}
     theirs = s3prl_file(tmp_path / "apc.ckpt", {"dropout": 0.3}, sound)
     assert not convert(tmp_path / "apc.ckpt", "--to_state_dict", tmp_path / "bare" / "apc.pt")
@@ -392,14 +430,14 @@ def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
     [
         # data of config.json; cmvn for s3prl; words of a warning, if there is one
         (trained_on("speaker"), True, ["by speaker (mean and variance)", "--as_s3prl"]),
-        (trained_on("speaker", options=MEAN_ALONE), True, ["by speaker (mean)", "--as_s3prl"]),
+        (trained_on("speaker", options=MEAN_ONLY), True, ["by speaker (mean)", "--as_s3prl"]),
         (trained_on("global") * 2, True, ["by global (mean and variance)", "--as_s3prl"]),
-        (trained_on("utterance", options=MEAN_ALONE), True, ["by utterance (mean)", "--as_s3prl"]),
+        (trained_on("utterance", options=MEAN_ONLY), True, ["by utterance (mean)", "--as_s3prl"]),
         (trained_on("utterance"), True, ["floor", "1 % of their rms", "--as_s3prl"]),
         (trained_on("utterance", options=AS_S3PRL, full_scale=1.0), True, None),
         (trained_on("none"), False, ["floor", "--as_s3prl"]),
-        (trained_on("none", "kaldi"), True, ["not known", "variance by utterance"]),
-        ([None], True, ["not known", "variance by utterance"]),  # the original's folder
+        (trained_on("none", "kaldi"), True, ["not known", "variance per utterance"]),
+        ([None], True, ["not known", "variance per utterance"]),  # the original's folder
     ],
 )
 def test_cmvn_follows_from_the_training_data(tmp_path, convert, data, cmvn, words):
@@ -447,23 +485,20 @@ def test_a_model_of_features_without_cmvn_gives_the_same_in_s3prl(tmp_path, conv
 @pytest.mark.parametrize(
     "shape, fbank, expected",
     [
-        # a model, its fbank; a word of the refusal, or what s3prl's config says
+        # a model, its fbank; a word of the message, or what s3prl's config says
         ({"rnn_type": "lstm"}, {}, "LSTM"),
         ({"prenet_layers": 1}, {}, "prenet"),
         ({"hidden": MEL}, {}, "residual"),
         ({"layers": 2}, {}, "fewer than three"),
         ({}, {"window_type": "povey"}, "fbank"),
-        ({}, {"sample_rate": 8000}, "fbank"),
-        ({}, {"preemph_coeff": 0.0}, "fbank"),
         ({}, {"snip_edges": False}, "fbank"),
-        ({}, {"high_freq": -400.0}, "fbank"),
         ({}, {"num_mel_bins": MEL + 1}, "fbank"),
         ({}, {"frame_length_ms": 32.0}, {"frame_length": 32}),
         ({}, {"frame_shift_ms": 8}, {"frame_shift": 8}),
         ({}, {"dither": 1.0, "sample_rate": 16000, "full_scale": 1.0, "htk_compat": False}, {}),
     ],
 )
-def test_what_s3prl_cannot_express_is_refused(tmp_path, call_main, shape, fbank, expected):
+def test_what_s3prl_cannot_express_is_rejected(tmp_path, call_main, shape, fbank, expected):
     data = trained_on("utterance", options=AS_S3PRL, **{"full_scale": 1.0} | fbank)
     our_model(tmp_path / "foo.model", data, **shape)
     done = call_main(script, tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
@@ -503,10 +538,10 @@ def test_state_dict_of_our_own_models(tmp_path, convert):
     ],
     ids=" ".join,
 )
-def test_nothing_is_overwritten_nor_half_written(tmp_path, refuse, monkeypatch, outputs):
+def test_nothing_is_overwritten_nor_half_written(tmp_path, reject, monkeypatch, outputs):
     our_model(tmp_path / "foo.model")
     (tmp_path / "mine").write_text("mine")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
-    assert "choose another name" in refuse("foo.model", *outputs)
+    assert "choose another name" in reject("foo.model", *outputs)
     assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
