@@ -28,7 +28,7 @@ INIT = (*common.N3, "--init_checkpoint", common.PRETRAINED)
 RUNS = common.RUNS | {"n3_init": (FROM_PRETRAINED, "speaker", INIT)}
 EXAMPLE = """\
   git clone --depth 1 https://github.com/besacier/mboshi-french-parallel-corpus
-  pip install -r experiments/requirements.txt
+  pip install -r requirements.txt
   python experiments/mboshi.py mboshi-french-parallel-corpus"""
 SPEAKERS = """three, all of them in the training data of the probe and of every APC and T-APC row;
   pretrained/ was trained on neither them nor their language"""

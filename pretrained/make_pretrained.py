@@ -20,7 +20,7 @@ MADE_WITH = (  # what config.json says of the training
     "rnn_residual time_shift mask_padding optimizer learning_rate batch_size clip_thresh seed data"
 )
 EXAMPLE = """\
-  pip install -r experiments/requirements.txt    # on Debian, with apt-get install ffmpeg
+  pip install -r requirements.txt    # on Debian, with apt-get install ffmpeg
   python pretrained/make_pretrained.py"""
 
 
