@@ -6,7 +6,7 @@ licence; its README makes it available "to the community for reproducible comput
 documentation experiments" (Godard et al., arXiv 1710.03501). Nothing of it is in this repository.
 
 About an hour on two quiet cores; the same command resumes after an interruption. Every stage is a
-script of this repository, printed as it is called. "dev" is the test set: no choice is made on it.
+script of this repository, printed as it is called. "dev" is the test set.
 """
 
 import sys
@@ -79,13 +79,13 @@ def make_data(clone, work):
 
 
 def main(argv=None):
-    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, 1, "logs/mboshi")
+    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, RUNS, 1, "logs/mboshi")
     parser.add_argument("clone", metavar="CLONE", type=Path, help="directory of the cloned corpus")
     args = parser.parse_args(argv)
     recordings = make_data(args.clone, args.work_dir)
-    rows = common.make_rows(args.work_dir, RUNS, args.epochs, recordings)
+    rows = common.make_rows(args, RUNS, recordings)
     title = "Mboshi: field recordings of a language that no model had heard"
-    texts = {"title": title, "command": "python experiments/mboshi.py CLONE", "speakers": SPEAKERS}
+    texts = {"title": title, "speakers": SPEAKERS}
     common.report(args, "mboshi", rows, [(FROM_PRETRAINED, "APC, n = 3")], **texts)
 
 
