@@ -160,13 +160,14 @@ def extract(work, name, checkpoint, cmvn="speaker"):
 
 def make_rows(args, runs, recordings):
     """Train the models, extract the features of {id: path} -> {row: their directory}."""
-    work, epochs, runs = args.work_dir, args.epochs, {name: runs[name] for name in args.runs}
+    work, epochs = args.work_dir, args.epochs
+    runs = {name: run for name, run in runs.items() if name in args.runs}
     pretrained_cmvn = read_json(PRETRAINED.with_name("config.json"))["data"][0]["cmvn"]
     write_kaldi(work / "kaldi" / "probe", recordings)
     for cmvn in sorted({pretrained_cmvn} | {cmvn for _, cmvn, _ in runs.values()}):
         prepare(work / "kaldi" / "probe", work / "data" / cmvn / "probe")
-    for name, (_, *how) in runs.items():
-        train(work, name, epochs, *how)
+    for name in args.runs:
+        train(work, name, epochs, *runs[name][1:])
     digest = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()[:8]
     rows = {"log-Mel": work / "data" / "speaker" / "probe"}
     for name, suffix in (("n3", ""), ("tapc", " T-APC")):

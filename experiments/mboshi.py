@@ -22,7 +22,6 @@ from utils import UserError, run_main
 
 WAVS = "full_corpus_newsplit"
 ALIGNMENTS = "forced_alignments_supervised_spkr/align-kit-old"
-EVERY = 4  # the probe is trained on every fourth training utterance
 FROM_PRETRAINED = "APC, n = 3, started from pretrained/"
 INIT = (*common.N3, "--init_checkpoint", common.PRETRAINED)
 RUNS = common.RUNS | {"n3_init": (FROM_PRETRAINED, "speaker", INIT)}
@@ -60,9 +59,9 @@ def frame_labels(segments, num_frames):
 
 
 def make_data(clone, work):
-    """Prepared datasets, labels, the probe's lists of ids -> the probe's recordings."""
+    """Prepared datasets, labels, the probe's lists of ids (every 4th to train on) -> its recordings."""
     labels, recordings = [], {}
-    for split, list_name, every in (("train", "train_ids.txt", EVERY), ("dev", "test_ids.txt", 1)):
+    for split, list_name, every in (("train", "train_ids.txt", 4), ("dev", "test_ids.txt", 1)):
         found = find_recordings(clone, split)
         common.write_kaldi(work / "kaldi" / split, found)
         prepared = work / "data" / "speaker" / split
