@@ -59,7 +59,7 @@ def frame_labels(segments, num_frames):
 
 
 def make_data(clone, work):
-    """Prepared datasets, labels, the probe's lists of ids (every 4th to train on) -> its recordings."""
+    """Datasets, labels, the probe's lists of ids (every 4th to train on) -> its recordings."""
     labels, recordings = [], {}
     for split, list_name, every in (("train", "train_ids.txt", 4), ("dev", "test_ids.txt", 1)):
         found = find_recordings(clone, split)
