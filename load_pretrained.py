@@ -446,7 +446,7 @@ class FeatureExtractor:
         samples = samples.astype(np.float32)
         if rate == expected:
             return samples
-        return np.concatenate([*self.audio._resample([samples], rate, expected)])
+        return np.concatenate([*self.audio.resample_blocks([samples], rate, expected)])
 
 
 # The script ---------------------------------------------------------------------------------------

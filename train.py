@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -252,8 +253,6 @@ def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpee
         if getattr(args, flag) != value:
             found = f"--{flag} is {getattr(args, flag)}, but the file's is {value}"
             raise UserError(f"{path}: {found}")
-    if not is_finite(loaded):
-        raise UserError(f"{path}: its weights are not finite")
     model.load_state_dict(loaded.state_dict())
     warn_of_other_data(training_data(config, path), train_set)
 
@@ -273,6 +272,8 @@ def build_schedule(
         done = (step - warmup) / max(1, total - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
+    # The optimizer's first step may be skipped, for a loss scale or bad data.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     return optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
@@ -320,27 +321,23 @@ def trained_loss(losses: MeanLosses, args: argparse.Namespace) -> float | Tensor
 
 
 def train_step(
-    model: APCModel,
-    optimizer: optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batch: tuple[Tensor, Tensor],
-    whole: LossSums,
-    received: list,
-    args: argparse.Namespace,
-    seq_len: int,
+    parts: dict, batch: tuple[Tensor, Tensor], whole: LossSums, seq_len: int, received: list, args
 ) -> tuple[LossSums, float, int | None]:
     """One optimizer step.
 
     Args:
+        parts: the model, optimizer and scaler, by these names.
         batch: this process' inputs (B, T, D) and lengths (B,).
         whole: the counts of the whole batch, over all processes.
-        received: signals, as utils.catch_signals() gives them.
         seq_len: frames to which the utterances are padded on disk.
+        received: signals, as utils.catch_signals() gives them.
+        args: the flags.
 
     Returns:
         The whole batch's summed losses, the gradient norm before clipping, and the signal by which
         the run is to stop, or None. Where loss or norm is not finite, the weights are unchanged.
     """
+    model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     n, bias = args.time_shift, model.postnet.layer.bias
     parameters = [*model.parameters()]
     sums = LossSums()
@@ -445,16 +442,20 @@ def train_epoch(
         whole = LossSums(utterances=len(indices), frames=int(sampler.lengths[indices].sum()))
         rate, loss_scale = schedule.get_last_lr()[0], parts["scaler"].get_scale()
         batch = (inputs, lengths)
-        sums, norm, stop = train_step(
-            **parts, batch=batch, whole=whole, received=received, args=args, seq_len=seq_len
-        )
+        sums, norm, stop = train_step(parts, batch, whole, seq_len, received, args)
         schedule.step()
         progress.count_step(sums, norm, loss_scale)
         now = time.perf_counter()
         speed, start = whole.frames / (now - start), now
         losses = sums.means(args.time_shift, seq_len)
         bar.set_postfix_str(f"loss {trained_loss(losses, args):.4f}, {speed:.0f} frames/s", False)
-        run.log_step(losses, norm, speed, rate, progress)
+        others = {"gradient norm": norm, "frames per second": speed}
+        others |= {"skipped steps": progress.skipped}
+        if parts["scaler"].is_enabled():
+            others["overflow steps"] = progress.overflows
+        if args.lr_schedule != "constant" or args.warmup_steps:
+            others["learning rate"] = rate
+        run.log("step", progress.step - 1, {"training loss": losses}, others, progress)
         if progress.skipped_in_a_row:
             name_bad_utterances(inputs, ids, f"step {progress.step - 1} is skipped")
         if progress.skipped_in_a_row >= MAX_SKIPPED:
@@ -513,10 +514,12 @@ def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespa
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots(2, sharex=True)
     for axis, mel, name in zip(axes, (target, predicted), ("target", "prediction")):
-        image = axis.imshow(mel.T, origin="lower", aspect="auto", extent=extent, clim=(low, high))
+        image = axis.imshow(
+            mel.T.numpy(), origin="lower", aspect="auto", extent=extent, clim=(low, high)
+        )
         axis.set_ylabel(f"{name}: mel channel")
-    if len(utt_id) > 60:
-        utt_id = f"{utt_id[:28]} ... {utt_id[-28:]}"
+    if len(utt_id) > 48:
+        utt_id = f"{utt_id[:22]} ... {utt_id[-22:]}"
     title = f"{utt_id}\npredicted n = {n} frames ahead"
     axes[0].set_title(title, parse_math=False, fontsize="medium")
     axes[1].set_xlabel("seconds, at 10 ms per frame")
@@ -576,22 +579,9 @@ class RunFolder:
         tb_log = os.path.join(self.path, f"{self.args.experiment_name}.tb_log")
         self.writer = SummaryWriter(tb_log, purge_step=progress.step)
 
-    def log_step(
-        self, losses: MeanLosses, norm: float, speed: float, rate: float, progress: Progress
+    def log(
+        self, unit: str, step: int, losses: dict[str, MeanLosses], others: dict, progress: Progress
     ) -> None:
-        others = {"gradient norm": norm, "frames per second": speed}
-        others["skipped steps"] = progress.skipped
-        if self.args.precision != "fp32":
-            others["overflow steps"] = progress.overflows
-        if self.args.lr_schedule != "constant" or self.args.warmup_steps:
-            others["learning rate"] = rate
-        self._log("step", progress.step - 1, {"training loss": losses}, others, progress)
-
-    def log_epoch(self, training: MeanLosses, validation: MeanLosses, progress: Progress) -> None:
-        losses = {"training loss": training, "validation loss": validation}
-        self._log("epoch", progress.step, losses, {}, progress)
-
-    def _log(self, unit, step, losses, others, progress):
         """A line of metrics.jsonl, and TensorBoard's curves, of a "step" or an "epoch".
 
         The loss that is trained on has the original's tags. TensorBoard makes a group of what
@@ -706,12 +696,6 @@ def is_finite(model: APCModel) -> bool:
     return all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def log_losses(training: MeanLosses, validation: MeanLosses, args, progress: Progress) -> None:
-    losses = f"Training Loss: {trained_loss(training, args):.5f} "
-    losses += f"Validation Loss: {trained_loss(validation, args):.5f}"
-    logging.info(f"Epoch: {progress.epoch + 1} {losses}")
-
-
 # The run ------------------------------------------------------------------------------------------
 
 
@@ -797,9 +781,12 @@ def main(argv: list[str] | None = None) -> None:
             validation, stop = evaluate(model, valid_loader, received, args, valid_set.seq_len)
         if not stop:
             training = progress.sums.means(args.time_shift, seq_len)
-            log_losses(training, validation, args, progress)
+            losses = f"Training Loss: {trained_loss(training, args):.5f} "
+            losses += f"Validation Loss: {trained_loss(validation, args):.5f}"
+            logging.info(f"Epoch: {progress.epoch + 1} {losses}")
             if progress.batch == epoch_steps:  # not cut by --max_steps
-                run.log_epoch(training, validation, progress)
+                losses = {"training loss": training, "validation loss": validation}
+                run.log("epoch", progress.step, losses, {}, progress)
                 run.draw(model, valid_loader.dataset, progress.epoch)
                 progress.end_epoch(trained_loss(validation, args))
         run.save(parts, progress)

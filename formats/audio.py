@@ -339,7 +339,7 @@ def read_blocks(
         channel = recording.channel if recording.channel is not None else channel
         blocks = _decode(file, recording, _check(file, recording, sample_rate, resample, channel))
         if file.samplerate != sample_rate:
-            blocks = _resample(blocks, file.samplerate, sample_rate)
+            blocks = resample_blocks(blocks, file.samplerate, sample_rate)
         yield from blocks
     except soundfile.SoundFileError as error:
         raise BadUtterance(f"{path}: {_why_undecodable(path, error)}") from None
@@ -423,7 +423,7 @@ def _why_undecodable(path, error):
     )
 
 
-def _resample(blocks, rate, target):
+def resample_blocks(blocks, rate, target):
     """Samples in blocks, at `rate` Hz -> the same at `target` Hz."""
     try:
         import soxr

@@ -182,6 +182,9 @@ class CMVN:
     norm_vars: bool = False  # divide by the standard deviation too, as Kaldi's --norm-vars
     unbiased: bool = False  # estimate the variance with T - 1, as torch.std and so s3prl does
 
+    def __str__(self):
+        return f"{self.kind}{' with the variance' * self.norm_vars}{' (unbiased)' * self.unbiased}"
+
     @classmethod
     def from_prepared(cls, prepared: dict) -> "CMVN":
         """From prepared.json. A file without norm_vars is older than the flag: the variance was

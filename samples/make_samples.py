@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from formats.audio import Recording, read_fbank
-from formats.fbank import apply_cmvn, cmvn_stats, fbank_settings
+from formats.fbank import CMVN, cmvn_stats, fbank_settings
 from utils import UserError, atomic_write, run_main
 
 VOICES = {"9001": "kal16", "9002": "awb", "9003": "rms", "9004": "slt"}  # speaker: flite's name
@@ -136,7 +136,7 @@ def main():
     for split, utterances in splits.items():
         path = HERE / f"{split}.blogmel.xz"
         normalised = {
-            utt_id: apply_cmvn(frames, stats[utt_id.split("-")[0]], norm_vars=False)
+            utt_id: CMVN("speaker").apply(frames, stats[utt_id.split("-")[0]])
             for utt_id, frames in utterances.items()
         }
         with atomic_write(path) as file:

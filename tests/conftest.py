@@ -1,46 +1,60 @@
-"""What several test files share: scripts run for real, data and hostile files, training runs.
+"""What several test files share: runs of the scripts, prepared datasets, hostile files."""
 
-Processes that are killed or watched are started by `server`, of processes.py.
-"""
-
+import contextlib
+import gc
+import io
 import json
+import logging
+import multiprocessing
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from processes import ONE_THREAD, ROOT, Server, error_line, until  # noqa: F401
 
+import train
 import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 # Scripts ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """Starts runs of the scripts: see processes.Server."""
-    server = Server(tmp_path_factory.mktemp("processes"))
-    yield server
-    server.close()
+def call(module, *argv):
+    """Run a script's main() in this process -> what subprocess.run would return.
+
+    Signal handlers and logging are afterwards as they were.
+    """
+    handlers = {number: signal.getsignal(number) for number in utils.SIGNALS}
+    log, argv_before = logging.getLogger(), sys.argv
+    log_before = log.handlers[:], log.level
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [module.__file__, *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = utils.exit_status(module.main)
+    finally:
+        if multiprocessing.active_children():
+            gc.collect()  # a loader that is freed ends its workers
+            utils.kill_workers()
+        sys.argv = argv_before
+        log.handlers[:], log.level = log_before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture
-def call_main(monkeypatch, capsys):
-    """Run a script's main in this process as the script would: like subprocess.run's result."""
-
-    def call(module, *argv):
-        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # an error replaces it
-        capsys.readouterr()
-        status = utils.exit_status(module.main)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
-
+def call_main():
     return call
 
 
@@ -54,28 +68,79 @@ def run_script(name, *args, timeout=120, env=None, **kw):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 2 MiB, or the test is skipped. processes.leave_room fills it."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(path)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+def start():
+    """start(script, *args, env=, patch=) -> subprocess.Popen of a script, in a session of its own.
+
+    `patch` is Python code that runs in the process before the script. What is left of the
+    processes and their children is killed at the end of the test.
+    """
+    processes = []
+
+    def start(script, *args, env=None, patch="", **kw):
+        code = f"import os, runpy, signal, sys, time\n{patch}\nsys.argv = sys.argv[1:]\n"
+        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", code, str(ROOT / script), *map(str, args)]
+        env = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT), **(env or {})}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes, **kw))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finished(process, timeout=60):
+    """Wait for a started process -> what subprocess.run would return."""
+    out, err = process.communicate(timeout=timeout)
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
+
+
+def succeeded(process):
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def until(condition, *processes, timeout=60):
+    """Wait for `condition()` while all `processes` run."""
+    end = time.monotonic() + timeout
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, f"ended too early:\n{process.communicate()[1]}"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def error_line(process, script, status=1):
+    """The line "script: error: ..." with which a run ended, checked to be all that it says.
+
+    It is the last line of stderr and the only such line, there is no traceback anywhere, and the
+    exit status is `status`.
+    """
+    output = f"{process.stdout}\n{process.stderr}"
+    for sign in ("Traceback", "Logging error", "Exception in thread", "Exception ignored"):
+        assert sign not in output, output
+    lines = [line for line in re.split(r"[\r\n]+", process.stderr) if "error: " in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), output
+    assert process.stderr.rstrip().endswith(lines[0]), output
+    assert process.returncode == status, f"status {process.returncode}: {output}"
+    return lines[0]
+
+
+def snapshot(path):
+    """A folder -> {path of a file in it, however deep: its bytes}."""
+    return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 # Data ---------------------------------------------------------------------------------------------
 
 
 def make_folder(path, lengths, mel_dim=80, max_seq_len=None, seed=0, prefix="utt"):
-    """Write a prepared folder in the original release's layout; return its (tensors, lengths).
+    """Write a prepared dataset in the original release's layout; return its (tensors, lengths).
 
-    `lengths` lists the true frames of each utterance; both results are dicts by file name. The
+    `lengths` lists the frames of each utterance; both results are dicts by file name. The
     frames are a first-order autoregression, so that there is something to predict.
     """
     path = Path(path)
@@ -135,8 +200,8 @@ def hostile_files(folder):
 
 D, SEQ_LEN = 8, 30
 TRAIN = [18, 7, 30, 12, 25, 9, 30, 21, 6, 15, 28, 11, 19, 30, 8, 23, 14, 27, 10, 17, 22]
-SHORT = [2, 1]  # no frame to predict at the time shifts that the tests use: left out
-VALID = [20, 9, 30, 13, 26]  # in both, one utterance is left over for the last batch
+SHORT = [2, 1]  # no frame to predict at the time shifts that the tests use: skipped
+VALID = [20, 9, 30, 13, 26]  # in both, the last batch has one utterance
 BATCHES, EPOCHS = 6, 3
 STEPS = EPOCHS * BATCHES
 PLAIN = [
@@ -152,15 +217,15 @@ FULL = [  # with all that a resumed run could get wrong
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of two splits: its path, and {name: (frames, length)} of what is used of each."""
+    """A folder of two splits: its path, and {name: (frames, length)} of those it uses of each."""
     path = tmp_path_factory.mktemp("corpus")
 
     def split(name, lengths, **kw):
         tensors, table = make_folder(path / name, lengths, D, SEQ_LEN, **kw)
         return {name: (tensors[name], n) for name, n in table.items() if n > max(SHORT)}
 
-    train = split("train-clean-360", [*TRAIN, *SHORT])
-    return SimpleNamespace(path=path, train=train, valid=split("dev-clean", VALID, seed=1))
+    training = split("train-clean-360", [*TRAIN, *SHORT])
+    return SimpleNamespace(path=path, train=training, valid=split("dev-clean", VALID, seed=1))
 
 
 @pytest.fixture(scope="session")
@@ -177,13 +242,12 @@ def place(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def one(server, place):
+def one(place):
     """{kind of loss: folder of a whole run of one process, without dropout}."""
-    jobs = {"padded": [], "masked": ["--mask_padding"]}
-    jobs = {name: [*PLAIN, *flags, *place(name)[0]] for name, flags in jobs.items()}
-    for process in server.run_all("train.py", jobs).values():
-        assert process.returncode == 0, process.stderr
-    return {name: place(name)[1] for name in jobs}
+    kinds = {"padded": [], "masked": ["--mask_padding"]}
+    for name, flags in kinds.items():
+        succeeded(call(train, *PLAIN, *place(name)[0], *flags))
+    return {name: place(name)[1] for name in kinds}
 
 
 def models(path):
@@ -199,7 +263,7 @@ def last(path):
 
 
 def same(weights, others):
-    """Whether two state dicts are equal to the bit."""
+    """Whether two state dicts are bit-identical."""
     return weights.keys() == others.keys() and all(
         torch.equal(weights[name], others[name]) for name in weights
     )
@@ -226,17 +290,12 @@ def assert_close_losses(path, reference, tolerance=1e-3):
         assert mine == pytest.approx(other, rel=tolerance)
 
 
-def until_step(step, process, path):
-    """Wait until a run has logged a step, or an epoch after so many steps.
-
-    What it may be going on with does not count.
-    """
+def until_step(step, path, *processes):
+    """Wait until a run has logged a step, or an epoch after so many steps."""
     file = path / "metrics.jsonl"
 
     def is_there():
-        if " - model: " not in process.stderr or not file.exists():
-            return False
-        lines = file.read_text().split("\n")[:-1]  # the last one may be under way
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
         return any(json.loads(line)["step"] >= step for line in lines)
 
-    until(is_there, process)
+    until(is_there, *processes)

@@ -1,28 +1,51 @@
 """train.py in several processes: losses as of one process, signals, kills, exact resumption."""
 
+import json
 import os
 import signal
+import socket
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import (
     EPOCHS,
     FULL,
     PLAIN,
+    ROOT,
     STEPS,
     assert_close_losses,
+    call,
+    error_line,
+    finished,
     last,
     metrics,
     models,
     same,
+    succeeded,
     until_step,
 )
-from processes import ROOT, error_line
+
+import train
 
 
-def all_succeeded(processes):
-    for process in processes:
-        assert process.returncode == 0, process.stderr
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def start_ranks(start):
+    """start_ranks(world_size, script, *args) -> its processes, as torchrun would start them."""
+
+    def start_ranks(world_size, *args, **kw):
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        env["WORLD_SIZE"] = str(world_size)
+        ranks = map(str, range(world_size))
+        return [start(*args, env=env | {"RANK": r, "LOCAL_RANK": r}, **kw) for r in ranks]
+
+    return start_ranks
 
 
 def assert_follows(path, reference):
@@ -35,14 +58,12 @@ def assert_follows(path, reference):
     assert names[0] == names[1]
 
 
-def test_torchrun_follows_one_process(server, place, one):
-    """The real torchrun, whose processes start workers of their own."""
+def test_torchrun_follows_one_process(start, place, one):
+    """The last batch has one utterance: the second process has none of it."""
     flags, path = place("two-padded")
     launch = ["--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    flags += ["--load_data_workers", 1]
-    process = server.start("torchrun", *launch, *PLAIN, *flags).wait(120)
-    all_succeeded([process])
-    assert process.stderr.count("INFO - Epoch: 1 ") == 1, process.stderr
+    process = finished(start(torch.distributed.run.__file__, *launch, *PLAIN, *flags))
+    assert succeeded(process).stderr.count("INFO - Epoch: 1 ") == 1, process.stderr
     assert_follows(path, one["padded"])
     assert len(list(path.glob("*.tb_log/*"))) == 1
     ours, theirs = models(path), models(one["padded"])
@@ -51,66 +72,67 @@ def test_torchrun_follows_one_process(server, place, one):
         assert all(torch.allclose(model[key], theirs[name][key], atol=1e-4) for key in model)
 
 
-def test_masked_padding_and_accumulated_steps_follow_one_process(server, place, one):
-    flags, path = place("two-masked")
-    flags += ["--mask_padding", "--accumulate_steps", 4]
-    all_succeeded(server.run_ranks("train.py", *PLAIN, *flags))
+def test_signal_to_one_rank_stops_all_and_one_process_resumes(start_ranks, place, one):
+    """Masked padding, accumulated steps, and workers, on three processes, then on one."""
+    where, path = place("three-masked")
+    flags = [*PLAIN, *where, "--mask_padding", "--accumulate_steps", 2]
+    slow = "from apc_model import APCModel\nforward = APCModel.forward\n"
+    slow += "APCModel.forward = lambda *a, **k: (time.sleep(0.1), forward(*a, **k))[1]"
+    ranks = start_ranks(3, "train.py", *flags, patch=slow)
+    until_step(2, path, *ranks)
+    os.kill(ranks[-1].pid, signal.SIGUSR1)
+    for process in map(finished, ranks):
+        assert process.returncode == 128 + signal.SIGUSR1, process.stderr
+        assert "Traceback" not in process.stderr
+    assert 2 < last(path)["progress"]["step"] == len(metrics(path)[0]) < STEPS
+    succeeded(call(train, *flags, "--resume"))
     assert_follows(path, one["masked"])
 
 
-def test_any_number_of_processes_goes_on(server, place, one):
-    """One; then three and two, of which the last gets a signal; and one to the end.
+RUNS = """
+import json, os, sys
+import torch.distributed
+import train
 
-    As torchrun does when a process has ended, SIGTERM is sent to the others: the first one saves
-    all the same, although the disk is slow.
-    """
-    flags, path = place("any-number")
-    flags = [*PLAIN, *flags, "--resume"]
-    all_succeeded([server.run("train.py", *flags, "--max_steps", 4)])
-    for world_size, step in ((3, 7), (2, 12)):
-        ranks = server.start_ranks("train.py", *flags, world_size=world_size, slow_disk=0.15)
-        until_step(step, ranks[0], path)
-        os.kill(ranks[-1].pid, signal.SIGUSR1)
-        ranks[-1].wait()
-        for process in ranks[:-1]:
-            os.kill(process.pid, signal.SIGTERM)
-        for process in ranks:
-            assert process.wait().returncode == 128 + signal.SIGUSR1, process.stderr
-            assert "Traceback" not in process.stderr
-        assert last(path)["state"]["step"] == len(metrics(path)[0]) < STEPS
-    all_succeeded([server.run("train.py", *flags)])
-    assert_follows(path, one["padded"])
+for port, argv in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
+    train.main(argv)
+    torch.distributed.destroy_process_group()
+"""
 
 
-def test_two_processes_resume_exactly(server, place):
+def test_two_processes_resume_exactly(start_ranks, place, tmp_path):
     """With dropout, for which each process draws numbers of its own."""
-    paths = []
-    for name, limits in (("two-whole", [12]), ("two-stopped", [8, 12])):
-        flags, path = place(name)
+    (tmp_path / "runs.py").write_text(RUNS)
+    paths, runs = [], []
+    for name, limits in (("two-whole", [9]), ("two-stopped", [4, 9])):
+        where, path = place(name)
         paths.append(path)
         for limit in limits:
-            flags += ["--load_data_workers", 0, "--resume", "--max_steps", limit]
-            all_succeeded(server.run_ranks("train.py", *FULL, *flags))
-    stopped, whole = (models(path) for path in paths)
-    assert stopped.keys() == whole.keys() == {"epoch_0", "epoch_1", "epoch_2"}
+            flags = [*where, "--load_data_workers", 0, "--resume", "--max_steps", limit]
+            runs.append((free_port(), [str(flag) for flag in (*FULL, *flags)]))
+    for process in start_ranks(2, tmp_path / "runs.py", json.dumps(runs)):
+        succeeded(finished(process))
+    whole, stopped = map(models, paths)
+    assert stopped.keys() == whole.keys() == {"epoch_0", "epoch_1"}
     assert all(same(stopped[name], whole[name]) for name in whole)
+    assert same(last(paths[0])["model"], last(paths[1])["model"])
     assert metrics(paths[0])[0] == metrics(paths[1])[0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_process_ends_the_others(server, place, victim):
+def test_killed_process_ends_the_others(start_ranks, place):
     """Also where there is no torchrun to end them."""
-    flags, path = place(f"killed-{victim}")
-    processes = server.start_ranks("train.py", *PLAIN, *flags)
-    until_step(2, processes[0], path)
-    os.kill(processes[victim].pid, signal.SIGKILL)
-    error_line(processes[1 - victim].wait(), "train.py")
-    assert last(path)["state"]["step"] == 0
+    flags, path = place("killed")
+    ranks = start_ranks(2, "train.py", *PLAIN, *flags, "--epochs", 1000)
+    until_step(2, path, *ranks)
+    ranks[1].kill()
+    assert finished(ranks[0]).returncode == 1
+    assert last(path)["progress"]["step"] == 0
 
 
-def test_one_of_several_processes_without_the_others(server, place):
-    flags, path = place("alone")
-    process = server.run("train.py", *PLAIN, *flags, env={"WORLD_SIZE": 2})
-    line = error_line(process, "train.py")
+def test_one_of_several_processes_without_the_others(call_main, monkeypatch, place):
+    flags, path = place("without")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = error_line(call_main(train, *PLAIN, *flags), "train.py")
     assert "WORLD_SIZE" in line and "torchrun" in line
     assert not path.exists()
