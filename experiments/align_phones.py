@@ -1,20 +1,16 @@
 """Which phone every frame is: the English texts, aligned to the recordings by pocketsphinx.
 
-    pip install -r experiments/requirements.txt
-    python experiments/align_phones.py corpus
-
 Reads OUT/texts.txt and the English recordings that make_corpus.py wrote, and writes OUT/labels.txt:
 one utterance per line, its id, then the phone of each frame (ARPAbet without stress; SIL between
-words). pocketsphinx's frames begin where those of our fbank do, every 10 ms, and their middles are
-0.3 ms later, so that its labels are taken as they are. Prompts with words that its dictionary lacks
-(or with numbers, signs or sounds that might be spoken in several ways) are left out and counted.
+words). pocketsphinx's frames start where those of our fbank do, every 10 ms, and their middles are
+0.3 ms later: its labels are used as they are. Prompts with words that its dictionary lacks, or with
+numbers, signs or sounds that might be spoken in several ways, are ignored and counted.
 
 How good they are: in spectrograms of five test prompts 132 of 140 boundaries were within 20 ms of
 where one would put them by eye; the worst, at the onset of a vowel and at the release of a final
 stop, were 45 ms off.
 """
 
-import argparse
 import collections
 import functools
 import re
@@ -25,24 +21,18 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import HelpFormatter, UserError, atomic_write, num_cores, positive, run_jobs, run_main
+from utils import atomic_write, new_parser, num_cores, run_jobs, run_main
 
 WINDOW, SHIFT = 400, 160  # samples of our fbank's frames at 16 kHz
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-
-def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
-    )
-    parser.add_argument("corpus", metavar="OUT", help="make_corpus.py's folder")
-    parser.add_argument("--num_workers", type=positive, default=num_cores(), help="processes")
-    return parser
+EXAMPLE = """\
+  pip install -r experiments/requirements.txt
+  python experiments/align_phones.py corpus"""
 
 
 def spoken(text):
     """A text -> the words that are spoken, or None if that is not certain."""
-    text = re.sub(r"\s\[.\]$", "", text.lower())  # "slash [/]" tells of the sign
+    text = re.sub(r"\s\[.\]$", "", text.lower())  # in "slash [/]" the sign is not spoken
     text = re.sub(r"(?<![\d.])\d(?![\d.]\d|\d)", lambda found: f" {DIGITS[int(found[0])]} ", text)
     if re.search(r"\d|[^\w\s.,:;?!'\"-]", text):
         return None
@@ -93,29 +83,23 @@ def align(job):
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    corpus = Path(args.corpus)
-    try:
-        import pocketsphinx  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("needs pocketsphinx: pip install -r experiments/requirements.txt") from None
+    parser = new_parser(__doc__.split("\n\n")[0], EXAMPLE)
+    parser.add_argument("corpus", metavar="OUT", type=Path, help="make_corpus.py's directory")
+    corpus = parser.parse_args(argv).corpus
     recordings = {path.stem: path for path in corpus.glob("*/en/*.flac")}
-    lines = (corpus / "texts.txt").read_text(encoding="utf-8").splitlines()
-    jobs = [
-        (utt_id, text, recordings[utt_id])
-        for utt_id, text in (line.split(" ", 1) for line in lines)
-        if utt_id in recordings
-    ]
-    lines, left_out = [], collections.Counter()
-    for utt_id, labels, why in run_jobs(jobs, align, args.num_workers):
+    texts = (corpus / "texts.txt").read_text(encoding="utf-8").splitlines()
+    texts = dict(line.split(" ", 1) for line in texts)
+    jobs = [(utt_id, texts[utt_id], path) for utt_id, path in sorted(recordings.items())]
+    lines, ignored = [], collections.Counter()
+    for utt_id, labels, why in run_jobs(jobs, align, num_cores()):
         if labels is None:
-            left_out[why] += 1
+            ignored[why] += 1
         else:
             lines.append(f"{utt_id} {' '.join(labels)}")
     with atomic_write(corpus / "labels.txt") as file:
         file.writelines(f"{line}\n".encode() for line in lines)
-    counts = "; ".join(f"{count} with {why}" for why, count in left_out.items())
-    print(f"{corpus}: {len(lines)} of {len(jobs)} English prompts aligned; left out: {counts}")
+    counts = "; ".join(f"{count} with {why}" for why, count in ignored.items())
+    print(f"{corpus}: {len(lines)} of {len(jobs)} English prompts aligned; ignored: {counts}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,19 @@
 """Two hours of real speech from Debian's packages: telephone prompts in five languages.
 
-    apt-get install ffmpeg                                       # it decodes G.722
-    python experiments/make_corpus.py corpus
+Fetches asterisk-core-sounds-{en,es,fr,it,ru} (texts) and the same with -g722 (recordings, 16 kHz)
+without installing them, and writes OUT/{train,dev,test}/<language>/<utt_id>.flac and, last,
+OUT/texts.txt: an utterance id and its text per line. Ids are paths, such as en-digits-1. Each
+language has one speaker, but English and Spanish have the same one.
 
-Fetches asterisk-core-sounds-{en,es,fr,it,ru} (texts) and the same with -g722 (recordings, 16 kHz),
-without installing them, and writes OUT/{train,dev,test}/<language>/<utt_id>.flac, and at last
-OUT/texts.txt: an utterance id and its text a line. Ids are paths, such as en-digits-1. A language
-is one voice, though the English and the Spanish one are the same woman's.
-
-Prompts with one text, and prompts that share five words in a row, are kept together, so that no
-sentence is on both sides of a split; shorter phrases and words may be. Which split they go to
-depends on a hash of their texts. Only English is tested on. Prompts without a text, and those whose
-text says that they are no speech, are left out.
+Prompts with the same text, and prompts that share five words in a row, are kept together, so that
+no sentence is in two splits; shorter phrases and words may be. A hash of the text chooses the
+split. Only English is tested on. Prompts without a text, or whose text says that they are no
+speech, are ignored.
 """
 
-import argparse
 import collections
 import gzip
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -27,46 +22,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import HelpFormatter, UserError, atomic_write, num_cores, positive, run_jobs, run_main
+from utils import UserError, atomic_write, new_parser, num_cores, run_jobs, run_main
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-TEST_SHARE, DEV_SHARE = 0.2, 0.05  # of the groups of prompts; the first of English alone
+TEST_PART, DEV_PART = 0.2, 0.05  # of the groups of prompts; the first of English only
 SHARED_WORDS = 5  # in a row, that make prompts a group
-BYTES_A_SECOND = 8000  # of G.722
-FILES_A_JOB = 40
+EXAMPLE = """\
+  apt-get install ffmpeg                     # it decodes G.722
+  python experiments/make_corpus.py corpus"""
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to make")
-    parser.add_argument("--num_workers", type=positive, default=num_cores(), help="processes")
-    return parser
-
-
-def run(command, advice, **options):
-    """Run a command; UserError, with its last line and advice, if it is missing or fails."""
-    if not shutil.which(command[0]):
-        raise UserError(f"{command[0]} is missing: {advice}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise UserError(f"{command[0]}: {why}: {advice}")
+def run(command, **options):
+    """Run a command, which prints its own errors."""
+    if status := subprocess.run(command, check=False, **options).returncode:
+        raise UserError(f"{command[0]} failed with status {status}")
 
 
 def fetch(folder):
-    """Download Debian's packages into a folder and unpack them there."""
+    """Download Debian's packages into a directory and unpack them there."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"asterisk-core-sounds-{x}" for x in LANGUAGES]
-    names += [f"{name}-g722" for name in names]
-    advice = "the speech is fetched from a Debian archive (bookworm): apt-get update, or put the "
-    advice += f"packages {' '.join(names)} into {folder}"
+    names = [f"asterisk-core-sounds-{x}{kind}" for x in LANGUAGES for kind in ("", "-g722")]
     if any(not list(folder.glob(f"{name}_*.deb")) for name in names):
-        run(["apt-get", "download", *names], advice, cwd=folder)
+        run(["apt-get", "download", *names], cwd=folder)
     for name in names:
-        (package,) = sorted(folder.glob(f"{name}_*.deb"))[-1:]
-        run(["dpkg-deb", "-x", str(package), str(folder)], advice)
+        package = sorted(folder.glob(f"{name}_*.deb"))[-1]
+        run(["dpkg-deb", "-x", str(package), str(folder)])
 
 
 def read_texts(path):
@@ -96,65 +76,53 @@ def group(texts):
 
 
 def choose_split(names, texts, language):
-    """The split of a group: a share between 0 and 1, out of a hash of its first text."""
+    """The split of a group, by a number between 0 and 1 from a hash of its first text."""
     text = f"{language} {min(' '.join(words(texts[name])) for name in names)}"
-    share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
-    if language == "en" and share < TEST_SHARE:
+    number = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+    if language == "en" and number < TEST_PART:
         return "test"
-    return "dev" if share >= 1 - DEV_SHARE else "train"
+    return "dev" if number >= 1 - DEV_PART else "train"
 
 
 def decode(files):
-    """[(G.722 file, FLAC file to write)]: one call of ffmpeg."""
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-y"]
-    for source, _ in files:
-        command += ["-f", "g722", "-i", str(source)]
-    for number, (_, target) in enumerate(files):
-        command += ["-map", f"{number}", "-ar", "16000", "-ac", "1", "-bitexact", str(target)]
-    run(command, "apt-get install ffmpeg")
+    """(G.722 file, FLAC file to write)"""
+    source, target = map(str, files)
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-y", "-f", "g722", "-i", source]
+    run([*command, "-ar", "16000", "-ac", "1", "-bitexact", target])
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    out, packages = Path(args.out), Path(args.out, "packages")
+    parser = new_parser(__doc__.split("\n\n")[0], EXAMPLE)
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
+    out = parser.parse_args(argv).out
+    packages = out / "packages"
     if (out / "texts.txt").exists():
-        raise UserError(f"{out}: holds a finished corpus: choose another folder")
-    if not shutil.which("ffmpeg"):
-        raise UserError("ffmpeg is missing: apt-get install ffmpeg")
+        raise UserError(f"{out} holds a finished corpus: choose another directory")
+    if not (shutil.which("ffmpeg") and shutil.which("apt-get")):
+        raise UserError("a Debian system with ffmpeg is needed: apt-get install ffmpeg")
     fetch(packages)
-    jobs, lines, seconds = [], [], collections.Counter()
-    counts = collections.Counter()
+    jobs, lines, counts = [], [], collections.Counter()
     for language in LANGUAGES:
         doc = packages / "usr/share/doc" / f"asterisk-core-sounds-{language}"
         texts = read_texts(doc / f"core-sounds-{language}.txt.gz")
-        (voice,) = (packages / "usr/share/asterisk/sounds").glob(f"{language}_*")
-        files = {str(p.relative_to(voice).with_suffix("")): p for p in voice.rglob("*.g722")}
-        without_text = files.keys() - texts.keys()
-        speech = {name: texts[name] for name in sorted(files.keys() - without_text)}
-        speech = {name: text for name, text in speech.items() if words(text)}
-        counts["without text"] += len(without_text)
-        counts["no speech"] += len(files) - len(without_text) - len(speech)
+        (speaker,) = (packages / "usr/share/asterisk/sounds").glob(f"{language}_*")
+        files = {str(p.relative_to(speaker).with_suffix("")): p for p in speaker.rglob("*.g722")}
+        speech = {name: texts[name] for name in sorted(files.keys() & texts) if words(texts[name])}
+        counts["ignored (no text)"] += len(files.keys() - texts)
+        counts["ignored (other sounds)"] += len((files.keys() & texts) - speech.keys())
         for names in group(speech):
             split = choose_split(names, speech, language)
+            (out / split / language).mkdir(parents=True, exist_ok=True)
             for name in names:
                 utt_id = f"{language}-{name.replace('/', '-')}"
                 jobs.append((files[name], out / split / language / f"{utt_id}.flac"))
                 lines.append(f"{utt_id} {speech[name]}")
-                counts[split] += 1
-                seconds[split] += files[name].stat().st_size / BYTES_A_SECOND
-    if len(targets := {target for _, target in jobs}) < len(jobs):
-        raise UserError(f"{packages}: {len(jobs) - len(targets)} prompts have the id of another")
-    for folder in {target.parent for target in targets}:
-        os.makedirs(folder, exist_ok=True)
-    parts = [jobs[i : i + FILES_A_JOB] for i in range(0, len(jobs), FILES_A_JOB)]
-    for _ in run_jobs(parts, decode, args.num_workers):
+                counts[f"for {split}"] += 1
+    for _ in run_jobs(jobs, decode, num_cores()):
         pass
-    with atomic_write(out / "texts.txt") as file:  # last: the corpus is whole
+    with atomic_write(out / "texts.txt") as file:  # last: the corpus is complete
         file.writelines(f"{line}\n".encode() for line in sorted(lines))
-    for split in ("train", "dev", "test"):
-        print(f"{out}: {split}: {counts[split]} prompts, {seconds[split] / 60:.1f} minutes")
-    left_out = f"{counts['without text']} without text, {counts['no speech']} of other sounds"
-    print(f"{out}: left out: {left_out}")
+    print(f"{out}: prompts: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 
 if __name__ == "__main__":

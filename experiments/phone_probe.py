@@ -1,24 +1,17 @@
-"""Frame classification: how well a classifier recognises phones from features, frame by frame.
+"""Phone classification from single frames: how well a probe recognises phones from features.
 
-    python experiments/phone_probe.py data/train-clean-100 features/layer2 --names log-Mel APC \\
-        --labels converted_aligned_phones.txt --train_ids train_split.txt --test_ids test_split.txt
+--labels has one utterance per line: its id, then a label every 10 ms; --train_ids and --test_ids
+list one id per line. The field's files for LibriSpeech's train-clean-100 [1] look like this.
 
-A folder is a row of the table. It holds <utt_id>.pt: features (T, H), or (layers, T, H) from
-extract_features.py --layer all; or it is a prepared folder. --labels has one utterance per line,
-its id, then a label every 10 ms; --train_ids and --test_ids have an id per line. These are the
-files that the field uses for LibriSpeech's train-clean-100 [1].
-
-The classifier is softmax regression, trained on single frames [2, Section 4.1], with --hidden_size
-after one layer of ReLUs. Prints the accuracy in %, the mean over --seeds, and in brackets the
-bootstrap interval of 95 % over the test utterances, because an utterance's frames are not
-independent.
+The probe is softmax regression on single frames [2, Section 4.1] (linear probe), with --hidden_size
+after one layer of ReLUs (MLP probe). Prints the accuracy in % of each layer, numbered from 0 as by
+extract_features.py --layer: the mean over --seeds and, in brackets, the 95 % bootstrap interval
+over the test utterances, because the frames of an utterance are not independent.
 
 [1] van den Oord, Li, Vinyals: Representation Learning with Contrastive Predictive Coding. 2018.
-[2] Chung, Hsu, Tang, Glass: An Unsupervised Autoregressive Model for Speech Representation
-    Learning. Interspeech 2019.
+[2] Chung, Hsu, Tang, Glass: An Unsupervised Autoregressive Model ... Interspeech 2019.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,28 +22,31 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import is_finished, read_lengths
-from utils import HelpFormatter, UserError, load, not_negative, positive, run_main, write_json
+from utils import UserError, load, new_parser, not_negative, positive, run_main, write_json
 
-SPARE_LABELS = 2  # of an utterance: windows that need not fit give so many frames more
+EXAMPLE = """\
+  python experiments/phone_probe.py data/train-clean-100 features/layer2 --names log-Mel APC \\
+      --labels converted_aligned_phones.txt --train_ids train_split.txt --test_ids test_split.txt"""
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
-    )
-    add = parser.add_argument_group("data").add_argument
-    add("features", nargs="+", metavar="DIR", help="folders to compare, a row each")
-    add("--names", nargs="+", metavar="NAME", help="of the rows (default: the folders' paths)")
+    parser = new_parser(__doc__.split("\n\n")[0], EXAMPLE)
+    add = parser.add_argument
+    text = "directory of <utt_id>.pt, a row of the table: extracted features or a prepared dataset"
+    add("features", nargs="+", metavar="DIR", help=text)
+    add("--names", nargs="+", metavar="NAME", help="names of the rows (default: the directories)")
     add("--labels", required=True, metavar="FILE", help="ids, and a label every 10 ms")
-    add("--train_ids", required=True, metavar="FILE", help="ids to train on, one a line")
-    add("--test_ids", required=True, metavar="FILE", help="ids to test on")
-    add("--max_frames", type=positive, default=1000000, help="at most, to train on, about")
-    add = parser.add_argument_group("classifier").add_argument
-    add("--hidden_size", type=not_negative, default=0, help="ReLUs of a hidden layer; 0: linear")
-    add("--steps", type=positive, default=1000, help="training steps of 512 random frames each")
-    add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], help="of weights and batches")
-    add = parser.add_argument_group("output").add_argument
-    add("--json", metavar="FILE", help="write what the table is made of")
+    add("--train_ids", required=True, metavar="FILE", help="ids to train on, one per line")
+    add("--test_ids", required=True, metavar="FILE", help="ids to test on, one per line")
+    text = "train on about this many frames at most (default: %(default)s)"
+    add("--max_frames", type=positive, default=1000000, help=text)
+    text = "ReLUs of the hidden layer; 0: linear probe (default: %(default)s)"
+    add("--hidden_size", type=not_negative, default=0, help=text)
+    text = "training steps of 512 random frames each (default: %(default)s)"
+    add("--steps", type=positive, default=1000, help=text)
+    text = "random seeds (initialisation, batches), one probe each (default: 0 1 2)"
+    add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], help=text)
+    add("--json", metavar="FILE", help="write the numbers of correct frames behind the table")
     return parser
 
 
@@ -58,26 +54,15 @@ def build_parser():
 
 
 def read_table(path):
-    """A file of lines that begin with an utterance id -> dict id -> list of the line's rest."""
+    """A file of lines that start with an utterance id -> {id: list of the rest of its line}."""
     table = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             utt_id, *rest = line.split() or [""]
             if not utt_id or utt_id in table:
-                raise UserError(f"{path}:{number}: expected an utterance id, each once")
+                raise UserError(f"{path}:{number}: expected an utterance id that no other line has")
             table[utt_id] = rest
-    if not table:
-        raise UserError(f"{path}: no utterances in it")
     return table
-
-
-def read_features(folder, utt_id, lengths):
-    """-> an utterance's features (layers, T, H). `lengths` are those of a prepared folder."""
-    path = Path(folder, f"{utt_id}.pt")
-    x = load(path)
-    if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() in (2, 3)):
-        raise UserError(f"{path}: expected a tensor ((layers,) T, H)")
-    return (x if x.dim() == 3 else x[None])[:, : lengths.get(path.name)]
 
 
 def match(x, labels, where):
@@ -88,34 +73,31 @@ def match(x, labels, where):
     the middle of our first frame.
     """
     surplus = len(labels) - x.size(1)
-    if abs(surplus) > SPARE_LABELS:
+    if abs(surplus) > 2:
         raise UserError(f"{where}: {x.size(1)} frames, but {len(labels)} labels")
     labels = labels[max(surplus, 0) // 2 :][: x.size(1)]
     return x[:, : len(labels)], labels
 
 
 def read_labelled(folder, ids, labels):
-    """Yield features (layers, T, H) and T labels of each utterance."""
+    """Yield each utterance's features (layers, T, H) and its T labels."""
     lengths = read_lengths(folder) if is_finished(folder) else {}
-    first = None
     for utt_id in ids:
-        x, y = match(read_features(folder, utt_id, lengths), labels[utt_id], f"{folder}: {utt_id}")
-        first = x if first is None else first
-        if x.shape[::2] != first.shape[::2]:
-            raise UserError(f"{folder}: {utt_id}: {tuple(x.shape)} after {tuple(first.shape)}")
-        yield x, y
+        path = Path(folder, f"{utt_id}.pt")
+        x = load(path)[..., : lengths.get(path.name), :]
+        yield match(x if x.dim() == 3 else x[None], labels[utt_id], path)
 
 
-# The classifier -----------------------------------------------------------------------------------
+# The probe ----------------------------------------------------------------------------------------
 
 
 def fit(x, y, num_classes, hidden_size, steps, seed, learning_rate=0.01, batch_size=512):
-    """Fit a softmax classifier with Adam; the learning rate falls to 0 along a cosine.
+    """Fit a probe with Adam; its learning rate falls to 0 along a cosine.
 
     Args:
         x: (N, H), standardised here by their own mean and standard deviation.
         y: (N,) int64, classes below num_classes.
-        hidden_size: of one hidden layer of ReLUs; 0 for a linear classifier.
+        hidden_size: ReLUs of the MLP probe; 0 for the linear probe.
 
     Returns:
         A function from (M, H) to the M most probable classes.
@@ -153,8 +135,8 @@ def probe(folder, labels, train_ids, test_ids, args):
     for x, y in read_labelled(folder, test_ids, labels):
         y = torch.tensor([classes[label] for label in y])
         counts.append(len(y))
-        for layer, classifiers in layers.items():
-            for row, classify in zip(correct[layer], classifiers):
+        for layer, probes in layers.items():
+            for row, classify in zip(correct[layer], probes):
                 row.append((classify(x[layer]) == y).sum().item())
     return correct, counts
 
@@ -165,7 +147,7 @@ def probe(folder, labels, train_ids, test_ids, args):
 def accuracy(correct, counts, minus=None, samples=2000):
     """Correct frames (seeds, utterances), and frames -> accuracy in %, and its 95 % interval.
 
-    `minus` is another classifier's: then it is the accuracies' difference, over the same samples.
+    `minus`, another probe's correct frames, gives the difference of the two, in points.
     """
     correct = np.mean(correct, axis=0) - (0 if minus is None else np.mean(minus, axis=0))
     counts = np.array(counts)
@@ -185,16 +167,11 @@ def table(corner, rows):
 
 def accuracy_table(results):
     """What --json has -> a Markdown table."""
-    cell = "{:.1f} ({:.1f} to {:.1f})".format
-    rows = {
-        name: {
-            "features" if len(layers) == 1 else f"layer {int(layer) + 1}": cell(
-                *accuracy(correct, results["frames"])
-            )
-            for layer, correct in layers.items()
-        }
-        for name, layers in results["correct"].items()
-    }
+    cell, rows = "{:.1f} ({:.1f} to {:.1f})".format, {}
+    for name, layers in results["correct"].items():
+        cells = [cell(*accuracy(correct, results["frames"])) for correct in layers.values()]
+        columns = ["features"] if len(layers) == 1 else [f"layer {layer}" for layer in layers]
+        rows[name] = dict(zip(columns, cells))
     return table("frame accuracy, %", rows)
 
 

@@ -1,21 +1,24 @@
-"""The experiments on data made up here: the corpus' splits, the phones' frames, the probe."""
+"""The experiments on data made up here: splits, labels of frames, the probe, the report."""
 
 import json
-import os
+import pickle
 import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import speech
-from processes import ROOT, error_line
+from conftest import make_folder, speech
 
-from experiments import align_phones, evidence, make_corpus, phone_probe
+from experiments import align_phones, common, evidence, make_corpus, mboshi, phone_probe
 from formats.audio import Recording, read_fbank
 from formats.fbank import fbank_settings
 from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The corpus ---------------------------------------------------------------------------------------
 
@@ -65,8 +68,8 @@ def test_packages_become_a_corpus(tmp_path, capsys):
                 subprocess.run(["gzip", str(texts)], check=True)
             command = ["dpkg-deb", "-b", str(tree), str(packages / f"{name}_1_all.deb")]
             subprocess.run(command, check=True, capture_output=True)
-    make_corpus.main([str(tmp_path / "corpus"), "--num_workers", "1"])
-    assert "5 without text, 5 of other sounds" in capsys.readouterr().out
+    make_corpus.main([str(tmp_path / "corpus")])
+    assert "5 ignored (no text), 5 ignored (other sounds)" in capsys.readouterr().out
     lines = (tmp_path / "corpus" / "texts.txt").read_text().splitlines()
     assert lines == [f"{language}-digits-1 one:" for language in make_corpus.LANGUAGES]
     (path,) = (tmp_path / "corpus").glob("*/en/en-digits-1.flac")
@@ -80,10 +83,10 @@ def test_packages_become_a_corpus(tmp_path, capsys):
         make_corpus.main([str(tmp_path / "corpus")])
 
 
-def test_ffmpeg_is_asked_for(tmp_path, monkeypatch, call_main):
+def test_missing_ffmpeg_is_an_error(tmp_path, monkeypatch, call_main):
     monkeypatch.setenv("PATH", "/nowhere")
     done = call_main(make_corpus, tmp_path / "corpus")
-    assert error_line(done, "make_corpus.py").endswith("apt-get install ffmpeg")
+    assert done.returncode == 1 and done.stderr.endswith("apt-get install ffmpeg\n")
     assert not (tmp_path / "corpus").exists()
 
 
@@ -131,8 +134,7 @@ def test_labels_fit_the_speech():
 
 
 def test_items_are_whole_phones(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "labels.txt").write_text("en-x SIL SIL K K AH SIL\n")
+    (tmp_path / "labels.txt").write_text("en-x SIL SIL K K AH SIL\n")
     (tmp_path / "test_ids.txt").write_text("en-x\n")
     evidence.write_items(tmp_path)
     header, *items = (tmp_path / "test.item").read_text().splitlines()
@@ -185,14 +187,14 @@ def xor(labels, generator):
     )
 
 
-def test_a_linear_classifier_finds_the_layer_that_knows(tmp_path, capsys):
+def test_the_linear_probe_finds_the_layer_that_separates_the_labels(tmp_path, capsys):
     noise, layer = run_probe(write_probe_data(tmp_path, clusters))
     assert noise < 50 and layer > 99
     header, _, row = capsys.readouterr().out.strip().splitlines()
-    assert header == "| frame accuracy, % | layer 1 | layer 2 |" and row.startswith("| x | ")
+    assert header == "| frame accuracy, % | layer 0 | layer 1 |" and row.startswith("| x | ")
 
 
-def test_xor_needs_the_hidden_layer(tmp_path):
+def test_only_the_mlp_probe_learns_xor(tmp_path):
     flags = write_probe_data(tmp_path, xor, names="ab")
     (linear,) = run_probe(flags)
     assert linear < 65 and run_probe(["--hidden_size", "64", *flags])[0] > 95
@@ -224,7 +226,105 @@ def test_bad_input_is_one_line(tmp_path, call_main):
     for (name, text), message in zip(cases.items(), messages):
         before = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text)
-        assert message in error_line(call_main(phone_probe, *flags), "phone_probe.py")
+        done = call_main(phone_probe, *flags)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
         (tmp_path / name).write_text(before)
-    os.remove(tmp_path / "features" / "1-30.pt")
-    assert "1-30.pt" in error_line(call_main(phone_probe, *flags), "phone_probe.py")
+
+
+# Stages and reports -------------------------------------------------------------------------------
+
+
+def test_a_frame_has_the_phone_at_its_middle():
+    segments = [("A", 0.016, 0.0324), ("B", 0.0324, 0.05)]  # frame t: 12.5 ms + 10 ms t
+    assert mboshi.frame_labels(segments, 5) == ["SIL", "A", "B", "B", "SIL"]
+
+
+def write_mboshi(folder):
+    """A corpus as its clone lies on disk, with one recording that is not aligned."""
+    for split, count in (("train", 8), ("dev", 3)):
+        wavs = folder / mboshi.WAVS / split
+        alignments = folder / mboshi.ALIGNMENTS / split
+        wavs.mkdir(parents=True)
+        alignments.mkdir(parents=True)
+        for i in range(count):
+            name = f"speaker{i % 2}_{split}_{i}"
+            soundfile.write(wavs / f"{name}.wav", speech(0.8, seed=i), 16000)
+            (alignments / f"{name}.txt").write_text("SIL 0.1 0.3\nÁ 0.3 0.5\nB 0.5 0.7\n")
+            (wavs / f"{name}.fr").write_text("une phrase\n")
+    soundfile.write(folder / mboshi.WAVS / "dev" / "speaker0_unaligned.wav", speech(0.8), 16000)
+
+
+def test_mboshi_becomes_datasets_labels_and_lists(tmp_path, monkeypatch):
+    write_mboshi(tmp_path / "clone")
+    work = tmp_path / "work"
+
+    def prepare(source, save_dir):
+        lines = (source / "wav.scp").read_text().splitlines()
+        make_folder(save_dir, [78] * len(lines))
+        lengths = {f"{line.split()[0]}.pt": 78 for line in lines}
+        (save_dir / "lengths.pkl").write_bytes(pickle.dumps(lengths))
+
+    monkeypatch.setattr(common, "prepare", prepare)
+    recordings = mboshi.make_data(tmp_path / "clone", work)
+    train_ids, test_ids = (phone_probe.read_table(work / f"{x}_ids.txt") for x in ("train", "test"))
+    assert list(train_ids) == ["speaker0_train_0", "speaker1_train_1"]
+    assert list(test_ids) == ["speaker0_dev_0", "speaker0_dev_2", "speaker1_dev_1"]
+    assert recordings.keys() == train_ids.keys() | test_ids.keys()
+    assert "speaker1_dev_1 speaker1\n" in (work / "kaldi" / "dev" / "utt2spk").read_text()
+    labels = phone_probe.read_table(work / "labels.txt")
+    assert len(labels) == 11 and labels["speaker1_dev_1"][29:49] == ["Á"] * 20
+
+
+def test_a_directory_that_is_no_clone_is_an_error(tmp_path, call_main):
+    done = call_main(mboshi, tmp_path, "--work_dir", tmp_path / "work")
+    assert done.returncode == 1 and "expected a clone of the corpus" in done.stderr
+
+
+def test_finished_stages_are_skipped(tmp_path, monkeypatch):
+    def run(*command):
+        raise AssertionError(command)
+
+    monkeypatch.setattr(common, "run", run)
+    make_folder(tmp_path / "data" / "speaker" / "dev", [20])
+    common.prepare(tmp_path, tmp_path / "data" / "speaker" / "dev")
+    model = common.model_file(tmp_path, "n3", 2)
+    model.parent.mkdir(parents=True)
+    model.touch()
+    common.train(tmp_path, "n3", 2, "speaker", common.N3)
+    (tmp_path / "features" / "n3_2").mkdir(parents=True)
+    (tmp_path / "features" / "n3_2" / "finished").touch()
+    common.extract(tmp_path, "n3_2", model)
+    with pytest.raises(AssertionError, match="train.py"):
+        common.train(tmp_path, "n3", 3, "speaker", common.N3)
+
+
+def test_the_report_leads_with_what_training_adds(tmp_path, monkeypatch):
+    """Every row is right in as many frames as its place in the table says, in every utterance."""
+    names = ["log-Mel", "randomly initialised", "randomly initialised T-APC", "pretrained/"]
+    names += [row for row, *_ in common.RUNS.values()]
+    num_layers = {name: 4 if "T-APC" in name else 3 for name in names} | {"log-Mel": 1}
+    correct = {
+        name: {str(layer): [[40 + i, 40 + i]] * 3 for layer in range(num_layers[name])}
+        for i, name in enumerate(names)
+    }
+    monkeypatch.setattr(
+        common, "run_probe", lambda *_, **__: {"correct": correct, "frames": [100] * 2}
+    )
+    for split in ("train", "dev"):
+        make_folder(tmp_path / "data" / "speaker" / split, [600] * 20)
+    (tmp_path / "labels.txt").write_text("a A SIL\nb A A\n")
+    (tmp_path / "train_ids.txt").write_text("c\n")
+    (tmp_path / "test_ids.txt").write_text("a\nb\n")
+    args = SimpleNamespace(work_dir=tmp_path, results_dir=tmp_path / "results", epochs=1)
+    for name in ("mboshi", "results"):
+        common.report(args, name, {}, title=name, command="c", speakers="two")
+    text = (tmp_path / "results" / "mboshi.md").read_text()
+    assert "train 2.0 (20), dev 2.0 (20)" in text and "25.0 % are silence" in text
+    assert "epoch(s) of 2 steps" in text
+    first = next(line for line in text.splitlines() if line.startswith("| APC, n = 3 − random"))
+    assert first.split(" | ")[1:4] == ["+4.0 (+4.0 to +4.0)"] * 3
+    assert "| randomly initialised − log-Mel | +1.0 (+1.0 to +1.0) |" in text
+    assert "| log-Mel | 40.0 (40.0 to 40.0) |" in text
+    rows = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
+    assert [numbers[0] for numbers in rows["pretrained/"]] == [43, 43, 43]
+    assert (tmp_path / "results" / "accuracy.png").stat().st_size > 10000

@@ -1,20 +1,21 @@
-"""The model in pretrained/, as it lies there.
+"""The model in pretrained/ as it is.
 
 For a new model, `PYTHONPATH=. python tests/test_pretrained.py` writes pretrained_features.json.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from conftest import run_script
-from processes import ROOT
 from reference import PackedAPC
 
 from formats.audio import Recording, read_fbank
 from formats.fbank import fbank_settings
 from load_pretrained import load_with_config
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "pretrained" / "apc_3x512_n3.pt"
 SAMPLE = ROOT / "samples" / "en-followme-sorry.flac"
 EXPECTED = ROOT / "tests" / "pretrained_features.json"
