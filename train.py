@@ -253,6 +253,8 @@ def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpee
         if getattr(args, flag) != value:
             found = f"--{flag} is {getattr(args, flag)}, but the file's is {value}"
             raise UserError(f"{path}: {found}")
+    if not is_finite(loaded):
+        raise UserError(f"{path}: its weights are not finite")
     model.load_state_dict(loaded.state_dict())
     warn_of_other_data(training_data(config, path), train_set)
 

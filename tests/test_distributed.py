@@ -102,9 +102,14 @@ for port, argv in json.loads(sys.argv[1]):
 
 
 def test_two_processes_resume_exactly(start_ranks, place, tmp_path):
-    """With dropout, for which each process draws numbers of its own."""
+    """With dropout, for which each process draws numbers of its own; and a Transformer, which
+    follows one process."""
     (tmp_path / "runs.py").write_text(RUNS)
-    paths, runs = [], []
+    transformer = ["--rnn_type", "transformer", "--rnn_hidden_size", 64, "--lr_schedule", "cosine"]
+    transformer += [*(flag for flag in PLAIN if flag != "--rnn_residual")][2:]
+    alone, together = (place(f"{name}-transformer") for name in ("one", "two"))
+    succeeded(call(train, *transformer, *alone[0]))
+    paths, runs = [], [(free_port(), [str(flag) for flag in (*transformer, *together[0])])]
     for name, limits in (("two-whole", [9]), ("two-stopped", [4, 9])):
         where, path = place(name)
         paths.append(path)
@@ -113,6 +118,7 @@ def test_two_processes_resume_exactly(start_ranks, place, tmp_path):
             runs.append((free_port(), [str(flag) for flag in (*FULL, *flags)]))
     for process in start_ranks(2, tmp_path / "runs.py", json.dumps(runs)):
         succeeded(finished(process))
+    assert_follows(together[1], alone[1])
     whole, stopped = map(models, paths)
     assert stopped.keys() == whole.keys() == {"epoch_0", "epoch_1"}
     assert all(same(stopped[name], whole[name]) for name in whole)

@@ -1131,6 +1131,27 @@ def test_validation_utterance_that_is_not_finite_is_named(run, data):
     assert len(images(path)) == 1
 
 
+# The Transformer ---------------------------------------------------------------------------------
+
+
+def test_transformer_in_half_precision_and_from_a_checkpoint(place):
+    """Autocast is close to single precision; --init_checkpoint gives the initial weights."""
+    runs = {}
+    for name, flags in (("t-fp32", []), ("t-bf16", ["--precision", "bf16"])):
+        where, runs[name] = place(name)
+        flags = [*TRANSFORMER, *where, *flags, "--rnn_dropout", 0, "--epochs", 1]
+        succeeded(call(train, *flags))
+    assert_close_losses(runs["t-bf16"], runs["t-fp32"], tolerance=0.03)
+    assert epoch_losses(runs["t-bf16"]) != epoch_losses(runs["t-fp32"])
+    where, path = place("t-init")
+    start = runs["t-fp32"] / "t-fp32__epoch_1.model"
+    succeeded(call(train, *TRANSFORMER, *where, "--init_checkpoint", start, "--epochs", 0))
+    assert same(models(path)["epoch_0"], models(runs["t-fp32"])["epoch_1"])
+    deeper = [*where, "--experiment_name", "t-deeper", "--rnn_num_layers", 3]
+    process = call(train, *TRANSFORMER, *deeper, "--init_checkpoint", start)
+    assert "--rnn_num_layers is 3, but the file's is 2" in error_line(process, "train.py")
+
+
 # CUDA ---------------------------------------------------------------------------------------------
 
 
