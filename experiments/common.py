@@ -77,8 +77,10 @@ Differences of frame accuracy (linear probe), in points:
 {mlp}"""
 
 
-def build_parser(description, example, epochs, work_dir):
+def build_parser(description, example, runs, epochs, work_dir):
     parser = new_parser(description, example)
+    text = "models to train, in this order, of %(choices)s (default: all)"
+    parser.add_argument("--runs", nargs="+", choices=runs, default=runs, metavar="RUN", help=text)
     text = "passes over the training data, for each model (default: %(default)s)"
     parser.add_argument("--epochs", type=positive, default=epochs, help=text)
     text = "directory for data, models and features, 10 GB (default: %(default)s)"
@@ -156,21 +158,23 @@ def extract(work, name, checkpoint, cmvn="speaker"):
     return save_dir
 
 
-def make_rows(work, runs, epochs, recordings):
-    """Train all models, extract the features of {id: path} -> {row: their directory}."""
+def make_rows(args, runs, recordings):
+    """Train the models, extract the features of {id: path} -> {row: their directory}."""
+    work, epochs = args.work_dir, args.epochs
+    runs = {name: run for name, run in runs.items() if name in args.runs}
     pretrained_cmvn = read_json(PRETRAINED.with_name("config.json"))["data"][0]["cmvn"]
     write_kaldi(work / "kaldi" / "probe", recordings)
     for cmvn in sorted({pretrained_cmvn} | {cmvn for _, cmvn, _ in runs.values()}):
         prepare(work / "kaldi" / "probe", work / "data" / cmvn / "probe")
-    for name, (_, *how) in runs.items():
-        train(work, name, epochs, *how)
+    for name in args.runs:
+        train(work, name, epochs, *runs[name][1:])
     digest = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()[:8]
-    rows = {
-        "log-Mel": work / "data" / "speaker" / "probe",
-        "randomly initialised": extract(work, "n3_0", model_file(work, "n3", 0)),
-        "randomly initialised T-APC": extract(work, "tapc_0", model_file(work, "tapc", 0)),
-        "pretrained/": extract(work, f"pretrained_{digest}", PRETRAINED, pretrained_cmvn),
-    }
+    rows = {"log-Mel": work / "data" / "speaker" / "probe"}
+    for name, suffix in (("n3", ""), ("tapc", " T-APC")):
+        if name in runs:
+            file = model_file(work, name, 0)
+            rows[f"randomly initialised{suffix}"] = extract(work, f"{name}_0", file)
+    rows["pretrained/"] = extract(work, f"pretrained_{digest}", PRETRAINED, pretrained_cmvn)
     for name, (row, cmvn, _) in runs.items():
         rows[row] = extract(work, f"{name}_{epochs}", model_file(work, name, epochs), cmvn)
     return rows
@@ -204,7 +208,7 @@ def machine():
 def difference_table(results, pairs):
     """[(row, row to subtract)] -> a Markdown table of the accuracies' differences by layer."""
     cell, rows = "{:+.1f} ({:+.1f} to {:+.1f})".format, {}
-    for name, base in pairs:
+    for name, base in (pair for pair in pairs if results["correct"].keys() >= set(pair)):
         row, others = rows.setdefault(f"{name} − {base}", {}), results["correct"][base]
         for layer, correct in results["correct"][name].items():
             minus = others.get(layer, others["0"])  # log-Mel has one
@@ -221,6 +225,7 @@ def report(args, name, rows, pairs=(), **texts):
     lengths = {split: read_lengths(work / "data" / "speaker" / split) for split in ("train", "dev")}
     speech = [f"{k} {sum(v.values()) / 6000:.1f} ({len(v)})" for k, v in lengths.items()]
     text = REPORT.format(
+        command=shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         date=datetime.date.today(),
         machine=machine(),
         speech=", ".join(speech),

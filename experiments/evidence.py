@@ -98,15 +98,12 @@ def abx_table(work, rows):
 
 
 def main(argv=None):
-    args = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, 2, "logs/evidence").parse_args(
-        argv
-    )
-    work = args.work_dir
-    recordings = make_data(work)
-    rows = common.make_rows(work, RUNS, args.epochs, recordings)
-    texts = {"title": "Prompts: two hours of studio speech", "speakers": SPEAKERS}
-    texts |= {"command": "python experiments/evidence.py", "more": ABX + abx_table(work, rows)}
-    common.report(args, "results", rows, **texts)
+    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, RUNS, 2, "logs/evidence")
+    args = parser.parse_args(argv)
+    rows = common.make_rows(args, RUNS, make_data(args.work_dir))
+    abx = ABX + abx_table(args.work_dir, rows)
+    title = "Prompts: two hours of studio speech"
+    common.report(args, "results", rows, title=title, speakers=SPEAKERS, more=abx)
 
 
 if __name__ == "__main__":

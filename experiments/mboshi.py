@@ -6,7 +6,7 @@ licence; its README makes it available "to the community for reproducible comput
 documentation experiments" (Godard et al., arXiv 1710.03501). Nothing of it is in this repository.
 
 About an hour on two quiet cores; the same command resumes after an interruption. Every stage is a
-script of this repository, printed as it is called. "dev" is the test set: no choice is made on it.
+script of this repository, printed as it is called. "dev" is the test set.
 """
 
 import sys
@@ -22,7 +22,6 @@ from utils import UserError, run_main
 
 WAVS = "full_corpus_newsplit"
 ALIGNMENTS = "forced_alignments_supervised_spkr/align-kit-old"
-EVERY = 4  # the probe is trained on every fourth training utterance
 FROM_PRETRAINED = "APC, n = 3, started from pretrained/"
 INIT = (*common.N3, "--init_checkpoint", common.PRETRAINED)
 RUNS = common.RUNS | {"n3_init": (FROM_PRETRAINED, "speaker", INIT)}
@@ -60,9 +59,9 @@ def frame_labels(segments, num_frames):
 
 
 def make_data(clone, work):
-    """Prepared datasets, labels, the probe's lists of ids -> the probe's recordings."""
+    """Datasets, labels, the probe's lists of ids (every 4th to train on) -> its recordings."""
     labels, recordings = [], {}
-    for split, list_name, every in (("train", "train_ids.txt", EVERY), ("dev", "test_ids.txt", 1)):
+    for split, list_name, every in (("train", "train_ids.txt", 4), ("dev", "test_ids.txt", 1)):
         found = find_recordings(clone, split)
         common.write_kaldi(work / "kaldi" / split, found)
         prepared = work / "data" / "speaker" / split
@@ -79,13 +78,13 @@ def make_data(clone, work):
 
 
 def main(argv=None):
-    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, 1, "logs/mboshi")
+    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, RUNS, 1, "logs/mboshi")
     parser.add_argument("clone", metavar="CLONE", type=Path, help="directory of the cloned corpus")
     args = parser.parse_args(argv)
     recordings = make_data(args.clone, args.work_dir)
-    rows = common.make_rows(args.work_dir, RUNS, args.epochs, recordings)
+    rows = common.make_rows(args, RUNS, recordings)
     title = "Mboshi: field recordings of a language that no model had heard"
-    texts = {"title": title, "command": "python experiments/mboshi.py CLONE", "speakers": SPEAKERS}
+    texts = {"title": title, "speakers": SPEAKERS}
     common.report(args, "mboshi", rows, [(FROM_PRETRAINED, "APC, n = 3")], **texts)
 
 

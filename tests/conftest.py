@@ -77,9 +77,10 @@ def start():
     processes = []
 
     def start(script, *args, env=None, patch="", **kw):
-        code = f"import os, runpy, signal, sys, time\n{patch}\nsys.argv = sys.argv[1:]\n"
-        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-        command = [sys.executable, "-c", code, str(ROOT / script), *map(str, args)]
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        if patch:
+            code = f"import os, runpy, signal, sys, time\n{patch}\nsys.argv.pop(0)\n"
+            command[1:1] = ["-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')"]
         env = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT), **(env or {})}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         processes.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes, **kw))

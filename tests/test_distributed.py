@@ -73,12 +73,12 @@ def test_torchrun_follows_one_process(start, place, one):
 
 
 def test_signal_to_one_rank_stops_all_and_one_process_resumes(start_ranks, place, one):
-    """Masked padding, accumulated steps, and workers, on three processes, then on one."""
-    where, path = place("three-masked")
+    """With masked padding and accumulated gradients."""
+    where, path = place("two-masked")
     flags = [*PLAIN, *where, "--mask_padding", "--accumulate_steps", 2]
     slow = "from apc_model import APCModel\nforward = APCModel.forward\n"
     slow += "APCModel.forward = lambda *a, **k: (time.sleep(0.1), forward(*a, **k))[1]"
-    ranks = start_ranks(3, "train.py", *flags, patch=slow)
+    ranks = start_ranks(2, "train.py", *flags, patch=slow)
     until_step(2, path, *ranks)
     os.kill(ranks[-1].pid, signal.SIGUSR1)
     for process in map(finished, ranks):
@@ -118,16 +118,6 @@ def test_two_processes_resume_exactly(start_ranks, place, tmp_path):
     assert all(same(stopped[name], whole[name]) for name in whole)
     assert same(last(paths[0])["model"], last(paths[1])["model"])
     assert metrics(paths[0])[0] == metrics(paths[1])[0]
-
-
-def test_killed_process_ends_the_others(start_ranks, place):
-    """Also where there is no torchrun to end them."""
-    flags, path = place("killed")
-    ranks = start_ranks(2, "train.py", *PLAIN, *flags, "--epochs", 1000)
-    until_step(2, path, *ranks)
-    ranks[1].kill()
-    assert finished(ranks[0]).returncode == 1
-    assert last(path)["progress"]["step"] == 0
 
 
 def test_one_of_several_processes_without_the_others(call_main, monkeypatch, place):

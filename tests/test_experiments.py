@@ -317,7 +317,7 @@ def test_the_report_leads_with_what_training_adds(tmp_path, monkeypatch):
     (tmp_path / "test_ids.txt").write_text("a\nb\n")
     args = SimpleNamespace(work_dir=tmp_path, results_dir=tmp_path / "results", epochs=1)
     for name in ("mboshi", "results"):
-        common.report(args, name, {}, title=name, command="c", speakers="two")
+        common.report(args, name, {}, title=name, speakers="two")
     text = (tmp_path / "results" / "mboshi.md").read_text()
     assert "train 2.0 (20), dev 2.0 (20)" in text and "25.0 % are silence" in text
     assert "epoch(s) of 2 steps" in text
