@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 __version__ = "2.0.0.dev0"
 
@@ -277,8 +276,10 @@ def run_jobs(jobs: Iterable, function: Callable, num_workers: int) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """tqdm; where stderr is a log file and no terminal, with an update every 30 s."""
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> Any:
+    """A tqdm bar; where stderr is a log file and no terminal, with an update every 30 s."""
+    from tqdm import tqdm  # loading a model does not need it
+
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
 
 
