@@ -343,17 +343,15 @@ def read_blocks(
 
 def _check(file, recording, sample_rate, resample, channel):
     """Check an open SoundFile's sampling rate and channels -> the channel to read."""
-    where = recording.where()
+    where, problems = recording.where(), []
     if file.samplerate != sample_rate and not resample:
-        raise BadUtterance(
-            f"{where}: its sampling rate is {file.samplerate} Hz, expected {sample_rate:g} Hz: "
-            "convert with --resample"
-        )
+        rates = f"{file.samplerate} Hz, expected {sample_rate:g} Hz"
+        problems.append(f"its sampling rate is {rates}: convert with --resample")
     if channel is None and file.channels > 1:
-        raise BadUtterance(
-            f"{where}: it has {file.channels} channels, expected 1: convert with --channel K, "
-            "from 0"
-        )
+        channels = f"{file.channels} channels, expected 1"
+        problems.append(f"it has {channels}: convert with --channel K, from 0")
+    if problems:
+        raise BadUtterance(f"{where}: {'; '.join(problems)}")
     if (channel or 0) >= file.channels:
         raise BadUtterance(f"{where}: no channel {channel}: it has {file.channels} (from 0)")
     return channel or 0

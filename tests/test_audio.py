@@ -134,7 +134,7 @@ def test_resampled_in_blocks(tmp_path, monkeypatch):
 
 def test_rates_and_channels_are_rejected_with_the_flags_that_help(tmp_path):
     path = write(tmp_path / "a.flac", np.stack([speech(), -speech()], axis=1), 8000)
-    rejected(path, "8000 Hz, expected 16000 Hz: convert with --resample")
+    rejected(path, "8000 Hz, expected 16000 Hz: .*--resample; it has 2 channels.*--channel K")
     rejected(path, "2 channels, expected 1: .*with --channel K", resample=True)
     rejected(path, "no channel 2: it has 2", resample=True, channel=2)
     left, right = (read(path, resample=True, channel=k) for k in (0, 1))
