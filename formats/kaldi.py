@@ -34,7 +34,9 @@ import simdjson
 from utils import BadUtterance, UserError
 
 BLOCK_SIZE = 1 << 22  # bytes of text for each job
-END_OF_UTTERANCE = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
+# The first line of an utterance, and its end, in a text dump and in a text archive.
+HEAD = {".": rb"(?!\.\s)(\S+)[ \t]*\n", "]": rb"(\S+)[ \t]+\[[ \t]*\n?"}
+END = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
 UTF_8_MARK, UTF_16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
 
@@ -173,7 +175,7 @@ def check_frames(
 
 def text_jobs(stream: BinaryIO, name: str, end_mark: str) -> Iterator[Callable]:
     """Cut a text dump or archive into blocks of whole utterances, each the work of a job."""
-    last_end = re.compile(rb".*" + END_OF_UTTERANCE[end_mark], re.DOTALL)
+    last_end = re.compile(rb".*" + END[end_mark], re.DOTALL)
     line, rest, size = 1, b"", BLOCK_SIZE
     while new := stream.read(size):
         if b"\0" in new:
@@ -193,61 +195,55 @@ def text_jobs(stream: BinaryIO, name: str, end_mark: str) -> Iterator[Callable]:
 
 
 def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator[tuple]:
-    """Part of a text dump or archive, from its line `first_line` -> (utterance id, where, read).
+    """Whole utterances of a dump or archive, from line `first_line` -> (utterance id, where, read).
 
     Raises:
         UserError: it does not consist of utterances.
     """
-    end_of_utterance = re.compile(END_OF_UTTERANCE[end_mark])
+    head_pattern, end_pattern = re.compile(HEAD[end_mark]), re.compile(END[end_mark])
     if first_line == 1:
         block = block.removeprefix(UTF_8_MARK)
     if b"\r" in block:  # which is faster to see than "\r\n"
         block = block.replace(b"\r\n", b"\n")
-    start, number = 0, first_line  # of the line that comes next
+    start, number = 0, first_line  # of what comes next
     while start < len(block):
-        line_end = block.index(b"\n", start)
-        where = f"{name}:{number}"
-        line = block[start:line_end]
-        words = line.split(maxsplit=2)
-        if not words:  # an empty line between utterances
-            start, number = line_end + 1, number + 1
-            continue
-        if end_mark == "." and (len(words) > 1 or words == [b"."]):
-            raise UserError(f"{where}: expected only an utterance id, found {quote(line)}")
-        is_vector = b"]" in line and words[2:] != [b"]"]
-        if end_mark == "]" and (words[1:2] != [b"["] or is_vector):
-            raise UserError(f"{where}: expected an utterance id and '[', found {quote(line)}")
-        utt_id = os.fsdecode(words[0])
-        end = end_of_utterance.search(block, start)
+        blank = re.compile(rb"\s*").match(block, start)
+        start, number = blank.end(), number + blank[0].count(b"\n")
+        where, head = f"{name}:{number}", head_pattern.match(block, start)
+        if not head:
+            expected = "only an utterance id" if end_mark == "." else "an utterance id and '['"
+            line = block[start:].split(b"\n", 1)[0]
+            raise UserError(f"{where}: expected {expected}, found {quote(line)}")
+        # A dump's utterance of no frames ends with the line feed of its first line.
+        end = end_pattern.search(block, head.end() - 1)
         if end is None:
             last_line = number + block[start:].rstrip().count(b"\n") + 1
             raise UserError(
-                f"{name}:{last_line}: {_name(words[0])}: expected {end_mark!r} at the end of the "
+                f"{name}:{last_line}: {_name(head[1])}: expected {end_mark!r} at the end of the "
                 "utterance, found the end of the file: is it truncated?"
             )
-        body = block[line_end + 1 : end.start()]
-        is_below = words[2:] in ([], [b"]"])
-        if not is_below:  # a text archive's first frame may stand on the line of its '['
-            body = words[2] + b"\n" + body
-        yield utt_id, where, partial(_parse_utterance, utt_id, body, name, number, is_below)
+        utt_id, body = os.fsdecode(head[1]), block[head.end() : end.start()]
+        # A text archive's first frame may stand on the line of its '['.
+        first_frame = number + head[0].count(b"\n")
+        yield utt_id, where, partial(_parse_utterance, utt_id, body, name, where, first_frame)
         number += block.count(b"\n", start, end.end())
         start = end.end()
 
 
-def _parse_utterance(utt_id, body, name, number, is_below):
-    """Lines of frames, the first below line `number` or in it -> blocks, as read() returns."""
+def _parse_utterance(utt_id, body, name, where, first_frame):
+    """Lines of frames, from line `first_frame` on -> blocks, as read() returns."""
 
     def place(row):
-        return f"{name}:{number + is_below + row}: utterance {utt_id}"
+        return f"{name}:{first_frame + row}: utterance {utt_id}"
 
-    check_utt_id(utt_id, f"{name}:{number}")
+    check_utt_id(utt_id, where)
     body = body.rstrip()
     frames = _parse_fast(body)
     if frames is None:
         frames = _parse_slowly(body, place)
     if not len(frames):
         raise BadUtterance(f"{place(0)}: expected frames, found none")
-    return check_frames(utt_id, frames, f"{name}:{number}", place)
+    return check_frames(utt_id, frames, where, place)
 
 
 def _parse_fast(body):

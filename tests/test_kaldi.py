@@ -265,9 +265,8 @@ BAD_TEXT = [  # (dump or text archive, the line to blame, the utterance at fault
     ("utA [\n 1 2 ]\nutB [\n 1 2\n 3 4\n", 6, "utB"),
     ("utA [\n 1 2\n 3 4\nutB [\n 5 6 ]\n", 4, "utA"),
     ("utA [\n 1 ] 2\n 3 4 ]\n", 2, "utA"),
-    ("utA [\n 1 2 ]\nutB  [ 1 2 ]\n", 3, "utB"),  # a vector
     ("utA [\n 1 2 ]\nutB\n 1 2 ]\n", 3, "utB"),
-    ("utA [\n 1 2 ]\nutB [ ]\nutC [\n 1 2 ]\n", 4, "utB"),
+    ("utA [\n 1 2 ]\nutB [ ]\nutC [\n 1 2 ]\n", 3, "utB"),
     ("utA [\n 1 2 ]\n 3 4 ]\n", 3, None),
 ]
 NO_NUMBERS = [
