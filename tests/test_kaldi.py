@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import io
-import itertools
 import lzma
 import os
 import pickle
@@ -11,7 +10,6 @@ import re
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import kaldiio
@@ -237,14 +235,6 @@ def test_bad_text_matrices_in_an_scp(tmp_path):
         assert reason in error_of(scp)
 
 
-def test_file_names_in_an_scp_need_not_be_text_but_ids_must(tmp_path):
-    path = os.fsencode(tmp_path) + b"/\xff.ark"
-    Path(os.fsdecode(path)).write_bytes(by_kaldiio(SMALL))
-    scp = write(tmp_path / "feats.scp.gz", gzip.compress(b"utA " + path + b":4\n"))
-    assert_same(read(scp), {"utA": SMALL["utA"]})
-    assert "UTF-8" in error_of(write(tmp_path / "feats.scp", b"ut\xff " + path + b":4\n"))
-
-
 # Bad text -----------------------------------------------------------------------------------------
 
 BAD_TEXT = [  # (dump or text archive, the line to blame, the utterance at fault or None)
@@ -355,21 +345,6 @@ def test_an_archive_that_was_cut(tmp_path, kind):
             assert re.match(rf"cut(:\d+)?: utterance {utt}: ", message), (size, message)
 
 
-def test_damaged_headers(tmp_path):
-    """A UserError or frames (nobody can tell every damage), and never anything else."""
-    for kind in ("float", "double", "CM2"):
-        whole = SMALL_ARCHIVES[kind]
-        start = whole.index(b"utB")
-        for place, value in itertools.product(range(start, start + 26, 3), (0, 127, 255)):
-            damaged = whole[:place] + bytes([value]) + whole[place + 1 :]
-            try:
-                found = read(write(tmp_path / "d.ark", damaged))
-            except UserError as error:
-                assert "d.ark" in str(error) and "\n" not in str(error)
-            else:
-                assert all(f.ndim == 2 and f.size and np.isfinite(f).all() for _, f in found)
-
-
 def test_archives_of_anything_but_matrices_are_rejected(tmp_path):
     marker, whole = tmp_path / "marker", by_kaldiio(SMALL)
     objects = np.array([[Hostile(marker)] * 2] * 3, dtype=object)
@@ -444,25 +419,20 @@ def test_bad_lines_of_an_scp(tmp_path, archive):
 
 
 def test_utt2spk(tmp_path):
-    path = write(tmp_path / "utt2spk", b"84-1 84\n\xe9-2\t spk\xe9\nu x")
+    path = write(tmp_path / "utt2spk", b"\xef\xbb\xbf84-1 84\n\n\xe9-2\t spk\xe9\r\nu x\n84-1 84")
     speakers = {os.fsdecode(b"\xe9-2"): os.fsdecode(b"spk\xe9"), "84-1": "84", "u": "x"}
     assert kaldi.read_utt2spk(path) == speakers
-    write(path, b"\xef\xbb\xbfa 1\n\n  \nb 2\r\na 1\n")  # a byte-order mark, a line twice
-    assert kaldi.read_utt2spk(path) == {"a": "1", "b": "2"}
-    write(path, "a 1\nb 2\na 2\n")
-    with pytest.raises(UserError, match=r"utt2spk:3: a has '2' here, and '1' in \S*utt2spk:1"):
-        kaldi.read_utt2spk(path)
-    rubbish = b"a b\n" + np.random.default_rng(0).bytes(500)
-    for content, line in [(b"a\n", 1), (b"a x\nb x y\n", 2), (rubbish, 2)]:
-        with pytest.raises(UserError, match=rf"utt2spk:{line}: "):
-            kaldi.read_utt2spk(write(path, content))
-    for content in (b"", b"\n \n"):
-        with pytest.raises(UserError, match="utt2spk: this table is empty"):
+    for content, reason in [
+        (b"a\n", ":1: expected an utterance and a speaker, found 'a'"),
+        (b"a x\nb x y\n", ":2: expected an utterance and a speaker, found 'b x y'"),
+        (b"a 1\nb 2\na 2\n", r":3: a has '2' here, and '1' in \S*utt2spk:1"),
+        (b"\n \n", ": this table is empty"),
+    ]:
+        with pytest.raises(UserError, match=f"utt2spk{reason}"):
             kaldi.read_utt2spk(write(path, content))
 
 
 def test_utt2spk_holds_ids_with_accents_in_both_forms(tmp_path):
     """macOS decomposes file names; what people type is composed."""
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    speakers = kaldi.read_utt2spk(write(tmp_path / "utt2spk", f"{decomposed} a\n"))
-    assert speakers[composed] == speakers[decomposed] == "a"
+    speakers = kaldi.read_utt2spk(write(tmp_path / "utt2spk", "cafe\u0301 a\n"))
+    assert speakers["caf\u00e9"] == speakers["cafe\u0301"] == "a"
