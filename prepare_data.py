@@ -364,7 +364,7 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
         "fbank": source.fbank,
         "cmvn": args.cmvn,
         "norm_vars": args.norm_vars,
-        **({"unbiased_vars": True} if args.as_s3prl else {}),
+        "unbiased_vars": args.as_s3prl,
         "utt2spk": args.utt2spk,
         "mel_dim": mel_dim,
         "max_seq_len": args.max_seq_len,

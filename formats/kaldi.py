@@ -363,9 +363,7 @@ def read_scp_line(
     try:
         with open(path, "rb") as file:
             file.seek(int(offset or 0))
-            is_binary = file.read(2) == b"\0B"
-            file.seek(int(offset or 0))
-            frames = read_matrix(file, name) if is_binary else read_text_matrix(file, name)
+            frames = read_matrix(file, name)
     except OSError as error:
         raise UserError(
             f"{name}: {error.strerror} (relative paths start from the current directory)"
@@ -377,23 +375,6 @@ def read_scp_line(
             raise UserError(f"{name}: expected rows {first} to {last}, found {len(frames)} rows")
         frames = frames[rows.start : rows.stop]
     return check_frames(utt_id, frames, where)
-
-
-def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
-    """A text archive's matrix, "[ ... ]", at a file's position -> (T, D)."""
-    lines = []
-    for line in file:
-        lines.append(line)
-        if b"]" in line:
-            break
-    body = b"".join(lines).strip()
-    if not body.startswith(b"[") or not body.endswith(b"]"):
-        raise UserError(f"{where}: expected a matrix, binary or in brackets, found {quote(body)}")
-    rows = [row.split() for row in body[1:-1].splitlines() if row.strip()]
-    try:
-        return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 0))
-    except ValueError:
-        raise UserError(f"{where}: expected rows of numbers, all of the same length") from None
 
 
 # Kaldi's tables -----------------------------------------------------------------------------------
