@@ -56,24 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(description, EXAMPLES)
     group = parser.add_argument_group("input")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add(
-        *("--librispeech_from_kaldi", "--kaldi"),
-        metavar="PATH",
-        help="log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input",
-    )
-    add(
-        *("--librispeech_from_audio", "--audio"),
-        metavar="DIR",
-        help="folder of audio files, any depth, or a Kaldi data directory (wav.scp, segments)",
-    )
+    text = "log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input"
+    add("--librispeech_from_kaldi", "--kaldi", metavar="PATH", help=text)
+    text = "folder of audio files, any depth, or a Kaldi data directory (wav.scp, segments)"
+    add("--librispeech_from_audio", "--audio", metavar="DIR", help=text)
     audio.add_flags(group)
     add = add_group(parser, "features")
-    add(
-        "--cmvn",
-        choices=CMVN_KINDS,
-        help="what to normalise the mean to 0 over (default: speaker for audio; none for Kaldi's "
-        "features, which the original's authors had normalised)",
-    )
+    cmvn = "what to normalise the mean to 0 over (default: speaker for audio; none for Kaldi's "
+    cmvn += "features, which the original's authors had normalised)"
+    add("--cmvn", choices=CMVN_KINDS, help=cmvn)
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
     add("--as_s3prl", action="store_true", help="compute fbank and CMVN of audio exactly as s3prl")
     add("--sample_rate", type=positive, default=16000, help="rate of the audio in Hz")
@@ -256,8 +247,8 @@ def write_utterances(
     """
     position, read_utterances = job
     written, bad, notes = [], [], []
-    is_audio = args.librispeech_from_audio is not None
-    for utterance in read_utterances(notes) if is_audio else read_utterances():
+    options = [] if args.librispeech_from_audio is None else [notes]
+    for utterance in read_utterances(*options):
         try:
             one = write_utterance(utterance, folder, args)
         except BadUtterance as error:
@@ -379,11 +370,12 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
 def summary(args, written, lengths, stats, lists) -> str:
     total = sum(one.num_frames for one in written)
     hours, cut = total / 360000, total - sum(lengths.values())
-    each = f"{len(stats)} speakers ({hours / len(stats):.2g} h each), " if stats else ""
+    speakers = ""
+    if args.cmvn == "speaker":
+        speakers = f"{len(stats)} speakers ({hours / len(stats):.2g} h each), "
     text = (
-        f"{args.save_dir}: {len(lengths)} utterances, {each if args.cmvn == 'speaker' else ''}"
-        f"{total} frames ({hours:.2f} h at 10 ms), mel_dim {written[0].mel_dim}; {cut} frames "
-        "beyond max_seq_len were cut"
+        f"{args.save_dir}: {len(lengths)} utterances, {speakers}{total} frames ({hours:.2f} h at "
+        f"10 ms), mel_dim {written[0].mel_dim}; {cut} frames beyond max_seq_len were cut"
     )
     what = {
         "skipped.txt": "skipped utterances",
@@ -391,7 +383,8 @@ def summary(args, written, lengths, stats, lists) -> str:
         "left_out.txt": f"ignored files ({audio.count_left_out(lists['left_out.txt'])})",
     }
     for name, lines in lists.items():
-        text += f"\n{what[name]}: {len(lines)}, listed in {name}" if lines else ""
+        if lines:
+            text += f"\n{what[name]}: {len(lines)}, listed in {name}"
     return text
 
 

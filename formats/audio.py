@@ -113,8 +113,7 @@ def find_audio(
     if os.path.isfile(os.path.join(root, "wav.scp")):
         if ids_from_paths or pattern:
             raise UserError(
-                f"{root}: --ids_from_paths and --pattern do not apply to a Kaldi data directory, "
-                "which lists its utterances"
+                f"{root}: --ids_from_paths and --pattern do not apply to a Kaldi data directory"
             )
         return [Recording(*row) for row in kaldi.read_data_dir(root, bad)], []
     if not os.path.exists(root):
@@ -291,9 +290,8 @@ def _open(path, notes):
     if file.frames == stated == 0:
         command = f"sox --ignore-length {shlex.quote(path)} OUT.wav"
         raise BadUtterance(f"{text}, as if written to a pipe: rewrite it with: {command}")
-    note = f"{text}: {file.frames / file.samplerate:.2f} s were read"
-    if notes is not None and note not in notes:
-        notes.append(note)
+    if notes is not None:
+        notes.append(f"{text}: {file.frames / file.samplerate:.2f} s were read")
     return file
 
 
