@@ -225,10 +225,8 @@ def test_rows_of_an_archive_in_an_scp(tmp_path):
 
 def test_an_scp_of_a_text_archive_is_rejected(tmp_path):
     path = write(tmp_path / "text.ark", copy_feats_text(SMALL))
-    for offset in (4, 0):
-        scp = write(tmp_path / "feats.scp", f"utX {path}:{offset}\n")
-        assert "feats.scp:1: utterance utX" in (message := error_of(scp))
-        assert "not a binary matrix" in message
+    message = error_of(write(tmp_path / "feats.scp", f"utX {path}:4\n"))
+    assert re.match(r"feats\.scp:1: utterance utX: .* not a binary matrix", message)
 
 
 # Bad text -----------------------------------------------------------------------------------------

@@ -349,8 +349,8 @@ def test_a_long_recording_goes_through_in_little_memory(tmp_path):
                 file.write(np.tile(SPEECH["84-1-0000"][:8000], 120))
         code = "import prepare_data, resource, sys; prepare_data.main(sys.argv[1:]); "
         code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        argv = ["--audio", path, "--save_dir", out, "--num_workers", 1]
-        argv += ["--cmvn", "utterance", "--long_utterances", "split"]
+        options = ["--cmvn", "utterance", "--long_utterances", "split"]
+        argv = arguments(path.parent, out, *options, max_seq_len=1600)
         command = [sys.executable, "-c", code, *map(str, argv)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         peaks.append(int(done.stdout.split()[-1]) << 10)
@@ -409,11 +409,8 @@ def test_bad_matrices_are_rejected_or_skipped(tmp_path, prepare, error_of):
     bad = {"empty": np.zeros((0, 80), np.float32), "nan": np.full((3, 80), np.nan, np.float32)}
     mixed = {FEW[0]: good[FEW[0]], **bad, FEW[1]: good[FEW[1]], FEW[2]: good[FEW[2]]}
     kaldiio.save_ark(str(tmp_path / "a.ark"), mixed, scp=str(tmp_path / "a.scp"))
-    kaldiio.save_ark(str(tmp_path / "text.ark"), mixed, text=True)
-    text = (tmp_path / "text.ark").read_text()
-    write(tmp_path / "text.ark", re.sub(r"empty .*\n", "empty  [\n]\n", text))
     write(tmp_path / "dump", dump(mixed))
-    for name in ("a.ark", "a.scp", "text.ark", "dump"):
+    for name in ("a.ark", "a.scp", "dump"):
         out = tmp_path / f"{name}-out"
         message = error_of(tmp_path / name, out)
         assert "utterance empty: " in message and "--skip_bad skips such" in message
