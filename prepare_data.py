@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from utils import (
     BadUtterance,
     UserError,
     __version__,
+    add_group,
     atomic_write,
     load,
     lock_folder,
@@ -54,43 +56,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(description, EXAMPLES)
     group = parser.add_argument_group("input")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add(
-        *("--librispeech_from_kaldi", "--kaldi"),
-        metavar="PATH",
-        help="log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input",
-    )
-    add(
-        *("--librispeech_from_audio", "--audio"),
-        metavar="DIR",
-        help="folder of audio files, any depth, or a Kaldi data directory (wav.scp, segments)",
-    )
+    text = "log-Mel features: a text dump, .ark or .scp; plain, .xz, .gz, - for standard input"
+    add("--librispeech_from_kaldi", "--kaldi", metavar="PATH", help=text)
+    text = "folder of audio files, any depth, or a Kaldi data directory (wav.scp, segments)"
+    add("--librispeech_from_audio", "--audio", metavar="DIR", help=text)
     audio.add_flags(group)
-    add = parser.add_argument_group("features").add_argument
-    add(
-        "--cmvn",
-        choices=CMVN_KINDS,
-        help="what to normalise the mean to 0 over (default: speaker for audio; none for Kaldi's "
-        "features, which the original's authors had normalised)",
-    )
+    add = add_group(parser, "features")
+    cmvn = "what to normalise the mean to 0 over (default: speaker for audio; none for Kaldi's "
+    cmvn += "features, which the original's authors had normalised)"
+    add("--cmvn", choices=CMVN_KINDS, help=cmvn)
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
     add("--as_s3prl", action="store_true", help="compute fbank and CMVN of audio exactly as s3prl")
-    default = "(default: %(default)s)"
-    add("--sample_rate", type=positive, default=16000, help=f"rate of the audio in Hz {default}")
-    add("--num_mel_bins", type=positive, default=80, help=f"mel_dim, for audio {default}")
+    add("--sample_rate", type=positive, default=16000, help="rate of the audio in Hz")
+    add("--num_mel_bins", type=positive, default=80, help="mel_dim, for audio")
     noise = "noise added to audio, standard deviation in 16-bit steps; the original had 1"
-    add("--dither", type=float, default=0.0, help=f"{noise} {default}")
-    add = parser.add_argument_group("output").add_argument
+    add("--dither", type=float, default=0.0, help=noise)
+    add = add_group(parser, "output")
     save_dir = "./librispeech_data/preprocessed/dev-clean"
-    add("--save_dir", default=save_dir, help=f"folder for the tensors {default}")
+    add("--save_dir", default=save_dir, help="folder for the tensors")
     add("--overwrite", action="store_true", help="replace the finished dataset in save_dir")
     length = "frames of each tensor; longer utterances are cut, shorter ones padded"
-    add("--max_seq_len", type=positive, default=1600, help=f"{length} {default}")
+    add("--max_seq_len", type=positive, default=1600, help=length)
     beyond = "drop what is beyond max_seq_len, or make it utterances <id>_00001, ..."
-    choices = ["cut", "split"]
-    add("--long_utterances", choices=choices, default="cut", help=f"{beyond} {default}")
-    add = parser.add_argument_group("hardware").add_argument
-    processes = "number of processes (default: one per core, %(default)s)"
-    add("--num_workers", type=positive, default=num_cores(), help=processes)
+    add("--long_utterances", choices=["cut", "split"], default="cut", help=beyond)
+    add = add_group(parser, "hardware")
+    add("--num_workers", type=positive, default=num_cores(), help="number of processes")
     return parser
 
 
@@ -123,8 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class Source(NamedTuple):
     """Where utterances come from.
 
-    A job is called with a list for warnings and yields (utterance id, where, read) for some
-    utterances; read() returns an iterator of log-Mel frames (t, D) or raises BadUtterance.
+    A job yields (utterance id, where, read) for some utterances; read() returns an iterator of
+    log-Mel frames (t, D) or raises BadUtterance. A job of audio is called with a list for warnings.
     """
 
     path: str
@@ -159,27 +149,17 @@ def open_kaldi(args: argparse.Namespace) -> Source:
             )
         utt2spk = kaldi.read_utt2spk(args.utt2spk or beside)
     kind, size, jobs = kaldi.read_kaldi(path)
-    jobs = ((position, partial(without_notes, job)) for position, job in jobs)
     return Source(path, kind, size, jobs, utt2spk, [], [], None)
-
-
-def without_notes(job, notes):
-    """Call a job of kaldi.read_kaldi(), which has no warnings, as one of audio.audio_jobs()."""
-    return job()
 
 
 # The folder ---------------------------------------------------------------------------------------
 
 
-def check_save_dir(save_dir: str, overwrite: bool) -> list[str]:
-    """What save_dir holds: nothing, or the files of a dataset that is to be replaced.
-
-    Raises:
-        UserError: a finished dataset that is not to be replaced, or anything else.
-    """
-    names = sorted(os.listdir(save_dir)) if os.path.exists(save_dir) else []
+def check_save_dir(save_dir: str, overwrite: bool) -> None:
+    """UserError if save_dir holds a finished dataset that is to stay, or anything else."""
     is_finished = datasets.is_finished(save_dir)
     own = {*datasets.read_lengths(save_dir), *OWN_FILES} if is_finished else set()
+    names = sorted(os.listdir(save_dir)) if os.path.exists(save_dir) else []
     others = [name for name in names if name not in own and not name.startswith(NOBODYS_FILES)]
     if others:
         raise UserError(
@@ -193,21 +173,13 @@ def check_save_dir(save_dir: str, overwrite: bool) -> list[str]:
         )
     if os.path.ismount(save_dir):
         raise UserError(f"{save_dir}: this is a mount point: choose a folder below it")
-    return names
-
-
-def remove_files(folder: str, but: str | None = None) -> None:
-    for name in os.listdir(folder):
-        if name != but:
-            os.remove(os.path.join(folder, name))
 
 
 def put_in_place(folder: str, save_dir: str, overwrite: bool, lock) -> None:
     """Rename the finished, locked folder to save_dir, in place of the dataset that may be there."""
-    for name in check_save_dir(save_dir, overwrite):
-        os.remove(os.path.join(save_dir, name))
+    check_save_dir(save_dir, overwrite)
     if os.path.exists(save_dir):
-        os.rmdir(save_dir)
+        shutil.rmtree(save_dir)
     if os.name == "nt":  # where no file in a folder may be open when it is renamed
         lock.release()
     os.rename(folder, save_dir)
@@ -228,7 +200,7 @@ class Written:
     lengths: dict  # utterance ids of its tensors -> frames
     num_frames: int  # before truncation
     mel_dim: int
-    stats: np.ndarray | None  # cmvn_stats of all frames, if the second pass needs them
+    stats: np.ndarray | None  # cmvn_stats that the second pass needs: its own, then its group's
 
 
 def in_parts(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -275,7 +247,8 @@ def write_utterances(
     """
     position, read_utterances = job
     written, bad, notes = [], [], []
-    for utterance in read_utterances(notes):
+    options = [] if args.librispeech_from_audio is None else [notes]
+    for utterance in read_utterances(*options):
         try:
             one = write_utterance(utterance, folder, args)
         except BadUtterance as error:
@@ -323,8 +296,9 @@ def first_pass(
                 names |= one.lengths.keys()
                 if one.stats is not None:
                     group = cmvn.group(one.utt_id, one.where, source.utt2spk)
-                    stats[group] = stats.get(group, 0) + one.stats
-                    one.stats = None
+                    total = stats.setdefault(group, np.zeros_like(one.stats))
+                    total += one.stats
+                    one.stats = total
             for note in new_notes[: max(0, 10 - len(notes))]:  # truncated.txt lists all
                 bar.write(f"WARNING: {note}", file=sys.stderr)
             bad += new_bad
@@ -347,8 +321,9 @@ def check_fits(one: Written, names: set[str], mel_dim: int) -> None:
         )
 
 
-def second_pass(todo: list[tuple], folder: str, num_workers: int, cmvn: CMVN) -> None:
-    """Normalise [(utterance id, frames, CMVN statistics of its speaker, or of the corpus)]."""
+def second_pass(written: list[Written], folder: str, num_workers: int, cmvn: CMVN) -> None:
+    """Normalise tensors with the statistics of their speaker, or of the corpus."""
+    todo = [(name, n, one.stats) for one in written for name, n in one.lengths.items()]
     jobs = (todo[start : start + 8] for start in range(0, len(todo), 8))
     function = partial(normalise, folder=folder, cmvn=cmvn)
     with progress_bar(total=len(todo), desc="CMVN", unit="utt", dynamic_ncols=True) as bar:
@@ -380,7 +355,7 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
         "fbank": source.fbank,
         "cmvn": args.cmvn,
         "norm_vars": args.norm_vars,
-        **({"unbiased_vars": True} if args.as_s3prl else {}),
+        "unbiased_vars": args.as_s3prl,
         "utt2spk": args.utt2spk,
         "mel_dim": mel_dim,
         "max_seq_len": args.max_seq_len,
@@ -393,25 +368,24 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
 
 
 def summary(args, written, lengths, stats, lists) -> str:
-    total, mel_dim = sum(one.num_frames for one in written), written[0].mel_dim
-    hours = total / 360000
+    total = sum(one.num_frames for one in written)
+    hours, cut = total / 360000, total - sum(lengths.values())
     speakers = ""
     if args.cmvn == "speaker":
         speakers = f"{len(stats)} speakers ({hours / len(stats):.2g} h each), "
-    lines = [
+    text = (
         f"{args.save_dir}: {len(lengths)} utterances, {speakers}{total} frames ({hours:.2f} h at "
-        f"10 ms), mel_dim {mel_dim}; {total - sum(lengths.values())} frames beyond max_seq_len "
-        "were cut"
-    ]
-    ignored = audio.count_left_out(lists["left_out.txt"])
-    for name, what in [
-        ("skipped.txt", "skipped utterances"),
-        ("truncated.txt", "files that are shorter or longer than their header states"),
-        ("left_out.txt", f"ignored files ({ignored})"),
-    ]:
-        if lists[name]:
-            lines.append(f"{what}: {len(lists[name])}, listed in {name}")
-    return "\n".join(lines)
+        f"10 ms), mel_dim {written[0].mel_dim}; {cut} frames beyond max_seq_len were cut"
+    )
+    what = {
+        "skipped.txt": "skipped utterances",
+        "truncated.txt": "files that are shorter or longer than their header states",
+        "left_out.txt": f"ignored files ({audio.count_left_out(lists['left_out.txt'])})",
+    }
+    for name, lines in lists.items():
+        if lines:
+            text += f"\n{what[name]}: {len(lines)}, listed in {name}"
+    return text
 
 
 def prepare(args: argparse.Namespace, folder: str) -> str:
@@ -422,14 +396,8 @@ def prepare(args: argparse.Namespace, folder: str) -> str:
     written, stats, bad, notes = first_pass(source, folder, args, cmvn)
     if not written:
         raise UserError(f"{source.path}: every utterance was skipped; the first: {bad[0]}")
-    if args.cmvn in ("speaker", "global"):
-        groups = [cmvn.group(one.utt_id, one.where, source.utt2spk) for one in written]
-        todo = [
-            (name, length, stats[group])
-            for one, group in zip(written, groups)
-            for name, length in one.lengths.items()
-        ]
-        second_pass(todo, folder, args.num_workers, cmvn)
+    if stats:
+        second_pass(written, folder, args.num_workers, cmvn)
     prepared = describe(args, source, written[0].mel_dim, stats)
     write_json(prepared, os.path.join(folder, "prepared.json"))
     lists = {"skipped.txt": bad, "truncated.txt": notes, "left_out.txt": source.ignored}
@@ -452,12 +420,11 @@ def main(argv: list[str] | None = None) -> None:
     lock = lock_folder(folder)
     try:
         check_save_dir(save_dir, args.overwrite)
-        remove_files(folder, but=".lock")  # an interrupted run left them
+        for name in set(os.listdir(folder)) - {".lock"}:  # an interrupted run left them
+            os.remove(os.path.join(folder, name))
         result = prepare(args, folder)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            remove_files(folder)
-            os.rmdir(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, BadUtterance):
             raise UserError(f"{error} (--skip_bad skips such utterances)") from None
         raise

@@ -93,13 +93,11 @@ def find_audio(
 ) -> tuple[list[Recording], list[str]]:
     """List a folder's audio files, a Kaldi data directory's utterances, or one file.
 
-    Links to folders are followed. A speaker is the first folder below the root, or what utt2spk
-    says in a data directory (a folder with wav.scp). An id is a file's name without extension, with
-    "_" for spaces.
-
     Args:
-        root: the folder or file.
-        ids_from_paths: make ids of the paths below root, joined with "-".
+        root: the file or folder; links below it are followed. The first folder below it is the
+            speaker. A folder with wav.scp is a data directory, whose tables say all.
+        ids_from_paths: make ids of the paths below root, joined with "-"; else of the file names.
+            The extension is left off, and spaces become "_".
         pattern: take only files whose path below root matches, as fnmatch does.
         bad: for messages on what cannot be used, which is skipped; None: raise them.
 
@@ -115,23 +113,21 @@ def find_audio(
     if os.path.isfile(os.path.join(root, "wav.scp")):
         if ids_from_paths or pattern:
             raise UserError(
-                f"{root}: --ids_from_paths and --pattern do not apply to a Kaldi data directory, "
-                "which lists its utterances"
+                f"{root}: --ids_from_paths and --pattern do not apply to a Kaldi data directory"
             )
         return [Recording(*row) for row in kaldi.read_data_dir(root, bad)], []
     if not os.path.exists(root):
         raise UserError(f"{root}: no such file or folder")
-    ignored, found, num_renamed = [], {}, 0
+    ignored, found = [], {}
     for path, parts in _audio_files(root, pattern, ignored, bad):
         name = os.path.splitext("-".join(parts) if ids_from_paths else parts[-1])[0]
         utt_id = re.sub(r"\s", "_", unicodedata.normalize("NFC", name))
-        num_renamed += " " in name
         with kaldi.collect(bad):
             kaldi.check_utt_id(utt_id, path)
             if utt_id in found:
-                raise _same_id(utt_id, found[utt_id].path, path, ids_from_paths)
+                raise _same_id(utt_id, path, found[utt_id].path, ids_from_paths)
             found[utt_id] = Recording(utt_id, path, parts[0] if len(parts) > 1 else None)
-    if num_renamed:
+    if num_renamed := sum(" " in os.path.basename(one.path) for one in found.values()):
         logging.warning("%s: spaces in %d file names are '_' in their ids", root, num_renamed)
     if not found and not bad:
         raise UserError(
@@ -174,13 +170,10 @@ def _walk(folder, ignored, bad, above=()):
 
 def _same_id(utt_id, path, other, ids_from_paths):
     stem, extension = os.path.splitext(path)
+    way_out = "rename one" if ids_from_paths else "tell them apart with --ids_from_paths"
     if os.path.splitext(other)[0] == stem:
         way_out = f"read only one kind of file with --pattern '*{extension}'"
-    elif ids_from_paths or os.path.dirname(path) == os.path.dirname(other):
-        way_out = "rename one"
-    else:
-        way_out = "tell them apart with --ids_from_paths"
-    return UserError(f"{path} and {other}: two files with the utterance id {utt_id}: {way_out}")
+    return UserError(f"{other} and {path}: two files with the utterance id {utt_id}: {way_out}")
 
 
 def count_left_out(ignored: list[str]) -> str:
@@ -207,34 +200,33 @@ def speakers_of(
         UserError: a recording without a speaker; first folders that are no speakers, but the parts
             of a corpus.
     """
-    if utt2spk is None:
-        speakers = {recording.utt_id: recording.speaker for recording in recordings}
-        if not os.path.isfile(os.path.join(root, "wav.scp")):
-            _check_folders(recordings, root, ways_out)
-    else:
+    if utt2spk is not None:
         speakers = kaldi.read_utt2spk(utt2spk)
+        recordings = [one._replace(speaker=speakers.get(one.utt_id)) for one in recordings]
+    elif not os.path.isfile(os.path.join(root, "wav.scp")):
+        _check_folders(recordings, root, ways_out)
     for recording in recordings:
-        if speakers.get(recording.utt_id) is None:
+        if recording.speaker is None:
             raise UserError(
                 f"{recording.path}: the speaker of utterance {recording.utt_id}, over whom to "
                 f"normalise, is {f'not in {utt2spk}' if utt2spk else 'not known'}: name a folder "
                 f"after each speaker, or use {ways_out}"
             )
-    return {recording.utt_id: speakers[recording.utt_id] for recording in recordings}
+    return {recording.utt_id: recording.speaker for recording in recordings}
 
 
 def _check_folders(recordings, root, ways_out):
     """Look whether the first folders below root are speakers' folders."""
     folders = sorted({recording.speaker for recording in recordings} - {None})
-    no_speakers = [folder for folder in folders if NO_SPEAKER.fullmatch(folder)]
-    below = [os.path.relpath(recording.path, root).split(os.sep) for recording in recordings]
-    depth = max(map(len, below), default=0)
-    if no_speakers or (len(folders) == 1 and depth > 3):
-        names = ", ".join((no_speakers or folders)[:3])
+    suspects = [folder for folder in folders if NO_SPEAKER.fullmatch(folder)]
+    below = [os.path.relpath(recording.path, root) for recording in recordings]
+    if len(folders) == 1 and any(path.count(os.sep) > 2 for path in below):
+        suspects = folders
+    if suspects:
         raise UserError(
-            f"{root}: the first folders below it ({names}) would be taken for speakers, but look "
-            "like parts of a corpus: give the folder that holds the speakers' folders, such as "
-            f"{os.path.join(root, (no_speakers or folders)[0])}, or use {ways_out}"
+            f"{root}: the first folders below it ({', '.join(suspects[:3])}) would be taken for "
+            "speakers, but look like parts of a corpus: give the folder that holds the speakers' "
+            f"folders, such as {os.path.join(root, suspects[0])}, or use {ways_out}"
         )
     if len(folders) == 1 and len(recordings) > 1:
         logging.warning(
@@ -246,8 +238,8 @@ def _check_folders(recordings, root, ways_out):
 def describe_speakers(speakers: Iterable[str]) -> str:
     """The speaker of each utterance -> "40 (1272, 1462, 1673, ...), 67.6 utterances each"."""
     counts = Counter(speakers)
-    names = [*sorted(counts)[:3], *(["..."] if len(counts) > 3 else [])]
-    names = ", ".join(names).encode("utf-8", "replace").decode()  # folders' names need not be text
+    names = ", ".join(sorted(counts)[:3]) + ", ..." * (len(counts) > 3)
+    names = names.encode("utf-8", "replace").decode()  # folders' names need not be text
     return f"{len(counts)} ({names}), {counts.total() / len(counts):.3g} utterances each"
 
 
@@ -298,9 +290,8 @@ def _open(path, notes):
     if file.frames == stated == 0:
         command = f"sox --ignore-length {shlex.quote(path)} OUT.wav"
         raise BadUtterance(f"{text}, as if written to a pipe: rewrite it with: {command}")
-    note = f"{text}: {file.frames / file.samplerate:.2f} s were read"
-    if notes is not None and note not in notes:
-        notes.append(note)
+    if notes is not None:
+        notes.append(f"{text}: {file.frames / file.samplerate:.2f} s were read")
     return file
 
 
@@ -350,19 +341,18 @@ def read_blocks(
 
 def _check(file, recording, sample_rate, resample, channel):
     """Check an open SoundFile's sampling rate and channels -> the channel to read."""
-    where, problems = recording.where(), {}  # by the flag that helps
-    channel = 0 if channel is None and file.channels == 1 else channel
+    where, problems = recording.where(), []
     if file.samplerate != sample_rate and not resample:
-        found = f"its sampling rate is {file.samplerate} Hz, expected {sample_rate:g} Hz"
-        problems["--resample"] = found
-    if channel is None:
-        problems["--channel K, from 0"] = f"it has {file.channels} channels, expected 1"
+        rates = f"{file.samplerate} Hz, expected {sample_rate:g} Hz"
+        problems.append(f"its sampling rate is {rates}: convert with --resample")
+    if channel is None and file.channels > 1:
+        channels = f"{file.channels} channels, expected 1"
+        problems.append(f"it has {channels}: convert with --channel K, from 0")
     if problems:
-        found, flags = "; ".join(problems.values()), " and ".join(problems)
-        raise BadUtterance(f"{where}: {found}: convert with {flags}")
-    if channel >= file.channels:
+        raise BadUtterance(f"{where}: {'; '.join(problems)}")
+    if (channel or 0) >= file.channels:
         raise BadUtterance(f"{where}: no channel {channel}: it has {file.channels} (from 0)")
-    return channel
+    return channel or 0
 
 
 def _decode(file, recording, channel):
@@ -407,11 +397,8 @@ def _why_undecodable(path, error):
     """What libsndfile's error on a file means, and what helps."""
     with open(path, "rb") as file:
         head = file.read(1024)
-    command = f"ffmpeg -i {shlex.quote(path)} OUT.wav"
     if not head:
         return "the file is empty (0 bytes): copy it again"
-    if head[4:8] == b"ftyp":
-        return f"MPEG-4 audio is not supported: convert it with: {command}"
     if head.startswith(b"ajkg") or head.startswith(b"NIST") and b"shorten" in head:
         command = f"sph2pipe -f wav {shlex.quote(path)} OUT.wav"
         return f"Shorten is not supported: convert it with: {command}"
@@ -419,16 +406,15 @@ def _why_undecodable(path, error):
     reason = " ".join(getattr(error, "error_string", str(error)).split())
     return (
         "it cannot be decoded, because it is damaged, of unknown length or in a format that "
-        f"libsndfile does not know ({reason}): try to convert it with: {command}"
+        f"libsndfile does not know ({reason}): try to convert it with: "
+        f"ffmpeg -i {shlex.quote(path)} OUT.wav"
     )
 
 
 def resample_blocks(blocks, rate, target):
     """Samples in blocks, at `rate` Hz -> the same at `target` Hz."""
-    try:
-        import soxr
-    except ModuleNotFoundError:
-        raise UserError("--resample needs soxr: pip install -r requirements.txt") from None
+    import soxr
+
     stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
     for samples in blocks:
         yield stream.resample_chunk(samples)
@@ -450,26 +436,20 @@ def read_fbank(recording: Recording, settings: dict, **options) -> np.ndarray:
 
 
 def audio_jobs(recordings: list[Recording], settings: dict, **options) -> Iterator[tuple]:
-    """Recordings -> (how many so far, job), as kaldi.read_kaldi's; but a job is called with a list
-    for warnings (read_blocks' notes). All segments of a file are in one job, in their order."""
+    """Recordings -> (how many so far, job) for each file, as kaldi.read_kaldi's; but a job is
+    called with a list for warnings (read_blocks' notes). `options` are read_blocks()' others."""
     by_file = {}
     for recording in recordings:
         by_file.setdefault(recording.path, []).append(recording)
-    done, some = 0, []
+    done = 0
     for segments in by_file.values():
-        some += sorted(segments, key=lambda recording: recording.start)
-        if len(some) >= 4:
-            done += len(some)
-            yield done, partial(_read_files, some, settings, options)
-            some = []
-    if some:
-        yield len(recordings), partial(_read_files, some, settings, options)
+        segments.sort(key=lambda recording: recording.start)
+        done += len(segments)
+        yield done, partial(_read_segments, segments, settings, options)
 
 
-def _read_files(recordings, settings, options, notes):
+def _read_segments(recordings, settings, options, notes):
     files = {}
     for recording in recordings:
-        if recording.path not in files:
-            files = {}  # which closes the file before
         read = partial(read_fbank_blocks, recording, settings, notes=notes, files=files, **options)
         yield recording.utt_id, recording.where(), read

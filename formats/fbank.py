@@ -61,8 +61,7 @@ def fbank_settings(changes: dict | None = None) -> dict:
         if name not in settings:
             raise ValueError(f"{name}: no such fbank option")
         expected = type(settings[name])
-        is_number = expected is float and type(value) is int
-        is_type = type(value) is expected or is_number
+        is_type = type(value) is expected or (expected is float and type(value) is int)
         if not is_type or expected in (int, float) and not abs(value) < 2**31:  # nor is NaN
             raise ValueError(f"{name} {value!r}"[:80])
         settings[name] = expected(value)
@@ -132,14 +131,11 @@ def fbank_blocks(
             # Given the array, it would take 40 % more time: the binding reads single items, and
             # a memoryview makes Python floats of them faster than numpy does its scalars.
             extractor.accept_waveform(rate, memoryview(samples))
-        ready = range(done, extractor.num_frames_ready)
-        if ready:
+        if ready := range(done, extractor.num_frames_ready):
             # There is no call for many frames. The rows belong to the extractor: np.array copies.
             frames = np.array([extractor.get_frame(i) for i in ready])
             if not np.isfinite(frames).all():
-                raise BadUtterance(
-                    f"{name}: its log-Mel energies are NaN or infinite (samples too large)"
-                )
+                raise BadUtterance(f"{name}: its log-Mel energies are NaN or infinite")
             extractor.pop(len(ready))
             done = ready.stop
             yield frames

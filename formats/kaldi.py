@@ -1,8 +1,8 @@
 """Kaldi's features: files in, utterances out.
 
-A source is a generator of (position, job). A job is a callable that can be sent to another process;
-called, it yields (utterance id, where, read) for some utterances: `where` is what messages call the
-place, "file:line", and read() returns an iterator of blocks of frames, float32 (t, D), or raises
+A source is a generator of jobs. A job is a callable that can be sent to another process; called, it
+yields (utterance id, where, read) for some utterances: `where` is what messages call the place,
+"file:line", and read() returns an iterator of blocks of frames, float32 (t, D), or raises
 BadUtterance. So reading is serial and cheap, and parsing is parallel.
 
 A file's extension and its first bytes tell what it is, never trial and error:
@@ -34,7 +34,9 @@ import simdjson
 from utils import BadUtterance, UserError
 
 BLOCK_SIZE = 1 << 22  # bytes of text for each job
-END_OF_UTTERANCE = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
+# The first line of an utterance, and its end, in a text dump and in a text archive.
+HEAD = {".": rb"(?!\.\s)(\S+)[ \t]*\n", "]": rb"(\S+)[ \t]+\[[ \t]*\n?"}
+END = {".": rb"\n[ \t]*\.[ \t\r]*\n", "]": rb"\][ \t\r]*\n"}
 UTF_8_MARK, UTF_16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 PARSER = simdjson.Parser()  # keeps its memory from one utterance to the next
 
@@ -86,8 +88,6 @@ def open_input(path: str) -> tuple[BinaryIO, io.BufferedReader]:
     The first bytes tell the compression. `raw` counts the bytes on disk (`raw.tell()`, for a
     progress bar), `content` reads what is in them.
     """
-    if path == "-" and sys.stdin is None:
-        raise UserError("standard input is closed")
     raw = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
     # Buffered twice, so that peek() waits for a full buffer, however slowly a pipe delivers.
     content = io.BufferedReader(raw)
@@ -107,10 +107,11 @@ def _check_encoding(head, name):
 def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     """Kaldi's features of any kind -> (kind, size in bytes or None, generator of (position, job)).
 
-    `position` counts the bytes read so far, of `size`. Kinds and jobs: see the top of this module.
+    `position` counts the bytes read so far, of `size`; 0 in a pipe, which has none. Kinds and jobs:
+    see the top of this module.
 
     Raises (also from the generator, or from a job):
-        UserError: what is wrong, with file:line (text) or file and byte (binary), and utterance.
+        UserError: what is wrong, with the file, the line (text) and the utterance.
         OSError: a file that cannot be read.
     """
     name = "standard input" if path == "-" else path
@@ -119,25 +120,24 @@ def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     with _damage(name):
         head = content.peek()
     _check_encoding(head, name)
-    is_file = content.raw is raw and size is not None and path != "-"
     if path.removesuffix(".gz").removesuffix(".xz").endswith(".scp"):
-        kind, blocks = "scp", scp_jobs(content, name)
+        kind, jobs = "scp", scp_jobs(content, name)
     elif re.match(rb"\S* \0B", head):
-        kind, blocks = "binary archive", ark_jobs(content, name)
+        kind, jobs = "binary archive", ark_jobs(content, name)
     elif re.match(rb"\s*\S+[ \t]+\[", head):
-        kind, blocks = "text archive", text_jobs(content, name, "]", is_file)
+        kind, jobs = "text archive", text_jobs(content, name, "]")
     else:
-        kind, blocks = "text dump", text_jobs(content, name, ".", is_file)
+        kind, jobs = "text dump", text_jobs(content, name, ".")
 
-    def jobs():
-        position = 0
+    def with_positions():
+        job = None
         with _damage(name):
-            for position, job in blocks:
-                yield position if size is None else raw.tell(), job
-        if not position:
+            for job in jobs:
+                yield 0 if size is None else raw.tell(), job
+        if job is None:
             raise UserError(f"{name}: expected utterances, found an empty file")
 
-    return kind, size, jobs()
+    return kind, size, with_positions()
 
 
 @contextlib.contextmanager
@@ -173,14 +173,10 @@ def check_frames(
 # Text ---------------------------------------------------------------------------------------------
 
 
-def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iterator[tuple]:
-    """Cut a text dump or archive into blocks of whole utterances -> (position, job).
-
-    If `is_file`, jobs read their blocks from the file `name` themselves, which is faster than
-    sending them to another process.
-    """
-    last_end = re.compile(rb".*" + END_OF_UTTERANCE[end_mark], re.DOTALL)
-    position, line, rest, size = 0, 1, b"", BLOCK_SIZE
+def text_jobs(stream: BinaryIO, name: str, end_mark: str) -> Iterator[Callable]:
+    """Cut a text dump or archive into blocks of whole utterances, each the work of a job."""
+    last_end = re.compile(rb".*" + END[end_mark], re.DOTALL)
+    line, rest, size = 1, b"", BLOCK_SIZE
     while new := stream.read(size):
         if b"\0" in new:
             raise UserError(f"{name}: expected a text dump, an archive or a .scp, found other data")
@@ -190,83 +186,64 @@ def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iter
             # Twice as much each time, so that a long utterance is not searched again and again.
             rest, size = block, len(block)
             continue
-        end, start = found.end(), position
-        position += end
-        if is_file:
-            yield position, partial(parse_part, start, end, line, name, end_mark)
-        else:
-            yield position, partial(parse_text, block[:end], line, name, end_mark)
+        end = found.end()
+        yield partial(parse_text, block[:end], line, name, end_mark)
         line += block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
     if rest.strip():
-        rest = rest.rstrip() + b"\n"
-        yield position + len(rest), partial(parse_text, rest, line, name, end_mark)
-
-
-def parse_part(offset: int, size: int, first_line: int, name: str, end_mark: str) -> Iterator:
-    """parse_text() of the `size` bytes at `offset` of the file `name`."""
-    with open(name, "rb") as file:
-        file.seek(offset)
-        block = file.read(size)
-    return parse_text(block, first_line, name, end_mark)
+        yield partial(parse_text, rest.rstrip() + b"\n", line, name, end_mark)
 
 
 def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator[tuple]:
-    """Part of a text dump or archive, from its line `first_line` -> (utterance id, where, read).
+    """Whole utterances of a dump or archive, from line `first_line` -> (utterance id, where, read).
 
     Raises:
         UserError: it does not consist of utterances.
     """
-    end_of_utterance = re.compile(END_OF_UTTERANCE[end_mark])
+    head_pattern, end_pattern = re.compile(HEAD[end_mark]), re.compile(END[end_mark])
     if first_line == 1:
         block = block.removeprefix(UTF_8_MARK)
     if b"\r" in block:  # which is faster to see than "\r\n"
         block = block.replace(b"\r\n", b"\n")
-    start, number = 0, first_line  # of the line that comes next
+    start, number = 0, first_line  # of what comes next
     while start < len(block):
-        line_end = block.index(b"\n", start)
-        where = f"{name}:{number}"
-        line = block[start:line_end]
-        words = line.split(maxsplit=2)
-        if not words:  # an empty line between utterances
-            start, number = line_end + 1, number + 1
-            continue
-        if end_mark == "." and (len(words) > 1 or words == [b"."]):
-            raise UserError(f"{where}: expected only an utterance id, found {quote(line)}")
-        is_vector = b"]" in line and words[2:] != [b"]"]
-        if end_mark == "]" and (words[1:2] != [b"["] or is_vector):
-            raise UserError(f"{where}: expected an utterance id and '[', found {quote(line)}")
-        utt_id = os.fsdecode(words[0])
-        end = end_of_utterance.search(block, start)
+        blank = re.compile(rb"\s*").match(block, start)
+        start, number = blank.end(), number + blank[0].count(b"\n")
+        where, head = f"{name}:{number}", head_pattern.match(block, start)
+        if not head:
+            expected = "only an utterance id" if end_mark == "." else "an utterance id and '['"
+            line = block[start:].split(b"\n", 1)[0]
+            raise UserError(f"{where}: expected {expected}, found {quote(line)}")
+        # A dump's utterance of no frames ends with the line feed of its first line.
+        end = end_pattern.search(block, head.end() - 1)
         if end is None:
             last_line = number + block[start:].rstrip().count(b"\n") + 1
             raise UserError(
-                f"{name}:{last_line}: {_name(words[0])}: expected {end_mark!r} at the end of the "
+                f"{name}:{last_line}: {_name(head[1])}: expected {end_mark!r} at the end of the "
                 "utterance, found the end of the file: is it truncated?"
             )
-        body = block[line_end + 1 : end.start()]
-        is_below = words[2:] in ([], [b"]"])
-        if not is_below:  # a text archive's first frame may stand on the line of its '['
-            body = words[2] + b"\n" + body
-        yield utt_id, where, partial(_parse_utterance, utt_id, body, name, number, is_below)
+        utt_id, body = os.fsdecode(head[1]), block[head.end() : end.start()]
+        # A text archive's first frame may stand on the line of its '['.
+        first_frame = number + head[0].count(b"\n")
+        yield utt_id, where, partial(_parse_utterance, utt_id, body, name, where, first_frame)
         number += block.count(b"\n", start, end.end())
         start = end.end()
 
 
-def _parse_utterance(utt_id, body, name, number, is_below):
-    """Lines of frames, the first below line `number` or in it -> blocks, as read() returns."""
+def _parse_utterance(utt_id, body, name, where, first_frame):
+    """Lines of frames, from line `first_frame` on -> blocks, as read() returns."""
 
     def place(row):
-        return f"{name}:{number + is_below + row}: utterance {utt_id}"
+        return f"{name}:{first_frame + row}: utterance {utt_id}"
 
-    check_utt_id(utt_id, f"{name}:{number}")
+    check_utt_id(utt_id, where)
     body = body.rstrip()
     frames = _parse_fast(body)
     if frames is None:
         frames = _parse_slowly(body, place)
     if not len(frames):
         raise BadUtterance(f"{place(0)}: expected frames, found none")
-    return check_frames(utt_id, frames, f"{name}:{number}", place)
+    return check_frames(utt_id, frames, where, place)
 
 
 def _parse_fast(body):
@@ -288,8 +265,6 @@ def _parse_fast(body):
     widths = set(map(len, rows))
     if len(widths) > 1 or not frames.size:
         return None
-    if not frames.all() and re.search(rb"-0[,\]\s]", text):  # an integer, which has no sign
-        return None
     return frames.reshape(len(rows), -1)
 
 
@@ -297,61 +272,43 @@ def _parse_slowly(body, place):
     """Line by line with float(), for the message that says what is wrong, and where."""
     rows = []
     for line in body.split(b"\n") if body else ():
-        words = line.split()
-        bad = next((word for word in words if not _is_number(word)), None)
-        if bad is not None:
-            raise UserError(f"{place(len(rows))}: expected numbers, found {quote(bad)}")
-        rows.append([float(word) for word in words])
-        if len(rows[-1]) != len(rows[0]):
+        row = []
+        for word in line.split():
+            try:
+                row.append(float(word))
+            except ValueError:
+                where = place(len(rows))
+                raise UserError(f"{where}: expected numbers, found {quote(word)}") from None
+        rows.append(row)
+        if len(row) != len(rows[0]):
             raise UserError(
                 f"{place(len(rows) - 1)}: expected {len(rows[0])} values, as in the first frame, "
-                f"found {len(words)}"
+                f"found {len(row)}"
             )
     return np.array(rows)
-
-
-def _is_number(word):
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return b"_" not in word  # 1_000 is a number in Python only
 
 
 # Archives and lists of places in them -------------------------------------------------------------
 
 
-class _Counted:
-    """A stream that counts the bytes read from it: a pipe has no tell()."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.count = 0
-
-    def read(self, size):
-        data = self.stream.read(size)
-        self.count += len(data)
-        return data
-
-
-def ark_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
-    """A binary archive -> (position, job of some utterances)."""
-    stream, matrices, start = _Counted(stream), [], 0
+def ark_jobs(stream: BinaryIO, name: str) -> Iterator[Callable]:
+    """A binary archive -> jobs of some utterances each."""
+    matrices, size = [], 0
     while head := stream.read(1):
-        where = f"{name}: byte {stream.count - 1}"
         while not head.endswith(b" ") and len(head) <= 256 and (byte := stream.read(1)):
             head += byte
         utt_id = os.fsdecode(head[:-1])
-        frames = read_matrix(stream, f"{where}: {_name(head)}")
-        matrices.append((utt_id, where, partial(check_frames, utt_id, frames, where)))
-        if stream.count - start >= BLOCK_SIZE:
-            yield stream.count, partial(iter, matrices)
-            matrices, start = [], stream.count
+        frames = read_matrix(stream, f"{name}: {_name(head)}")
+        matrices.append((utt_id, name, partial(check_frames, utt_id, frames, name)))
+        size += frames.nbytes
+        if size >= BLOCK_SIZE:
+            yield partial(iter, matrices)
+            matrices, size = [], 0
     if matrices:
-        yield stream.count, partial(iter, matrices)
+        yield partial(iter, matrices)
 
 
-def read_matrix(stream: BinaryIO | _Counted, where: str) -> np.ndarray:
+def read_matrix(stream: BinaryIO, where: str) -> np.ndarray:
     """Kaldi's binary matrix at a stream's position -> (T, D)."""
     # Only this part of kaldiio is safe with files from strangers: others run pipes and pickles.
     from kaldiio.matio import read_matrix_or_vector
@@ -368,16 +325,14 @@ def read_matrix(stream: BinaryIO | _Counted, where: str) -> np.ndarray:
     return frames
 
 
-def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
-    """An .scp -> (position, job of some lines). Pipes are rejected: they would run a command."""
-    lines, position = [], 0
+def scp_jobs(stream: BinaryIO, name: str) -> Iterator[Callable]:
+    """An .scp -> jobs of some lines each. Pipes are rejected: they would run a command."""
+    lines = []
     for number, line in enumerate(stream, start=1):
-        position += len(line)
-        where = f"{name}:{number}"
         words = (line.removeprefix(UTF_8_MARK) if number == 1 else line).split(maxsplit=1)
         if not words:
             continue
-        utt_id = os.fsdecode(words[0])
+        utt_id, where = os.fsdecode(words[0]), f"{name}:{number}"
         target = os.fsdecode(words[1].strip()) if len(words) == 2 else ""
         if target.endswith("|") or target.startswith("|"):
             raise UserError(
@@ -390,58 +345,36 @@ def scp_jobs(stream: BinaryIO, name: str) -> Iterator[tuple]:
                 f"{where}: {_name(words[0])}: expected FILE, FILE:OFFSET or, for some "
                 f"rows only, FILE:OFFSET[FIRST:LAST], found {quote(os.fsencode(target))}"
             )
-        rows = found[3] and (int(found[3]), int(found[4]))
-        read = partial(read_scp_line, utt_id, found[1], int(found[2] or 0), rows, where)
-        lines.append((utt_id, where, read))
+        path, *numbers = found.groups()
+        lines.append((utt_id, where, partial(read_scp_line, utt_id, where, path, *numbers)))
         if len(lines) == 32:
-            yield position, partial(iter, lines)
+            yield partial(iter, lines)
             lines = []
     if lines:
-        yield position, partial(iter, lines)
+        yield partial(iter, lines)
 
 
 def read_scp_line(
-    utt_id: str, path: str, offset: int, rows: tuple[int, int] | None, where: str
+    utt_id: str, where: str, path: str, offset: str | None, first: str | None, last: str | None
 ) -> Iterator[np.ndarray]:
-    """The matrix at `offset` of a file, or its rows from the first to the last of `rows`."""
+    """The frames at `offset` of a file; those from `first` to `last` if these are given."""
     check_utt_id(utt_id, where)
     name = f"{where}: utterance {utt_id}: {path!r}"
     try:
         with open(path, "rb") as file:
-            file.seek(offset)
-            is_binary = file.read(2) == b"\0B"
-            file.seek(offset)
-            read = read_matrix if is_binary else read_text_matrix
-            frames = read(file, f"{name}: byte {offset}")
+            file.seek(int(offset or 0))
+            frames = read_matrix(file, name)
     except OSError as error:
         raise UserError(
             f"{name}: {error.strerror} (relative paths start from the current directory)"
         ) from None
-    if rows:
-        first, last = rows
+    if first:
+        rows = range(int(first), int(last) + 1)
         # As in Kaldi, which allows for lengths that were rounded up.
-        if not first <= last < len(frames) + 3 or first >= len(frames):
-            raise UserError(
-                f"{name}: byte {offset}: expected rows {first} to {last}, found {len(frames)} rows"
-            )
-        frames = frames[first : last + 1]
+        if not rows or rows.start >= len(frames) or rows.stop > len(frames) + 3:
+            raise UserError(f"{name}: expected rows {first} to {last}, found {len(frames)} rows")
+        frames = frames[rows.start : rows.stop]
     return check_frames(utt_id, frames, where)
-
-
-def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
-    """A text archive's matrix, " [ ... ]", at a file's position -> (T, D)."""
-    text = new = file.read(1 << 16)
-    while new and b"]" not in new and text.lstrip().startswith(b"["):
-        new = file.read(len(text))
-        text += new
-    body, end, _ = text.partition(b"]")
-    if not body.lstrip().startswith(b"[") or not end:
-        raise UserError(f"{where}: expected a matrix, binary or in brackets, found {quote(text)}")
-    rows = [line.split() for line in body.replace(b"[", b"", 1).splitlines() if line.strip()]
-    try:
-        return np.array(rows, dtype=np.float64) if rows else np.zeros((0, 0))
-    except ValueError:
-        raise UserError(f"{where}: expected rows of numbers, all of the same length") from None
 
 
 # Kaldi's tables -----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import os
 import pickle
 import struct
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,10 @@ RATE = 16000
 FILES = Path(__file__).parent / "audio"  # written by sox and ffmpeg, see make_files.sh there
 
 
-def read(path, **options):
-    """All samples of a file."""
-    return np.concatenate([*read_blocks(Recording("utt", str(path)), RATE, **options)])
+def read(path, start=0.0, end=None, **options):
+    """All samples of a file, or of a segment of it."""
+    recording = Recording("utt", str(path), start=start, end=end)
+    return np.concatenate([*read_blocks(recording, RATE, **options)])
 
 
 def write(path, samples, rate=RATE, **kw):
@@ -74,31 +74,18 @@ def test_files_of_other_writers_give_what_these_decode():
         assert np.array_equal(read(FILES / name), decoded("sox")), name
 
 
-def test_wav_with_other_chunks_around_the_samples(tmp_path):
-    path, samples = tmp_path / "a.wav", speech()[:1001]
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, RATE, 0, "NONE", None))
-        file.writeframes(samples.tobytes())
-    content, chunk = path.read_bytes(), b"LIST" + struct.pack("<I", 5) + b"INFO?\0"  # 5, and a pad
-    path.write_bytes(content[:36] + chunk + content[36:] + chunk)
-    assert np.array_equal(read(path), samples)
-
-
 def test_a_part_of_a_file_in_blocks_of_any_size(tmp_path, monkeypatch):
-    names = ("a.wav", "a.flac", "a.ogg", "a.mp3")
-    files = [write(tmp_path / name, speech(2)) for name in names]
-    for path in files:
+    for name in ("a.wav", "a.flac", "a.ogg", "a.mp3"):
+        path = write(tmp_path / name, speech(2))
         whole = read(path)
         for size in (100, 12345, 1 << 20):
             monkeypatch.setattr(audio, "BLOCK_SIZE", size)
             for start, end in [(0.0, 1.0), (0.501, 1.23456), (1.5, None), (1.9, 2.3)]:
-                recording = Recording("utt", path, start=start, end=end)
                 expected = whole[int(start * RATE) : end and int(end * RATE)]
-                found = np.concatenate([*read_blocks(recording, RATE)])
-                assert np.array_equal(found, expected), (path, size, start, end)
+                assert np.array_equal(read(path, start, end), expected), (path, size, start, end)
     for start, end in [(2.1, 2.2), (1.0, 2.6)]:
         with pytest.raises(BadUtterance, match=r"a\.wav: utterance utt: .* but the file has 2 s"):
-            [*read_blocks(Recording("utt", files[0], start=start, end=end), RATE)]
+            read(tmp_path / "a.wav", start, end)
 
 
 def test_all_segments_of_a_file_are_read_in_one_pass(tmp_path, monkeypatch):
@@ -114,40 +101,35 @@ def test_all_segments_of_a_file_are_read_in_one_pass(tmp_path, monkeypatch):
     for name in ("a.mp3", "a.flac"):
         path = write(tmp_path / name, speech(4))
         whole = read(path)
-        starts = [3, 0, 1, 2]  # as their ids are sorted
-        recordings = [
-            Recording(f"utt-{i}", path, start=start, end=start + 0.5)
-            for i, start in enumerate(starts)
-        ]
+        segments = {"utt-0": 3, "utt-1": 0, "utt-2": 1, "utt-3": 2}  # in the order of their ids
+        recordings = [Recording(utt, path, start=t, end=t + 0.5) for utt, t in segments.items()]
         samples_read.clear()
         ((position, job),) = audio.audio_jobs(recordings, fbank_settings())
         found = {
-            utt_id: np.concatenate([*read_frames()])
-            for utt_id, _, read_frames in pickle.loads(pickle.dumps(job))([])
+            utt: np.concatenate([*read_frames()])
+            for utt, _, read_frames in pickle.loads(pickle.dumps(job))([])
         }
         assert position == 4 and sum(samples_read) <= 3.5 * RATE
         assert list(found) == ["utt-1", "utt-2", "utt-3", "utt-0"]
-        for recording in recordings:
-            part = whole[recording.start * RATE :][: RATE // 2]
-            assert np.array_equal(found[recording.utt_id], fbank(part, fbank_settings()))
+        for utt, start in segments.items():
+            part = whole[start * RATE :][: RATE // 2]
+            assert np.array_equal(found[utt], fbank(part, fbank_settings()))
 
 
-def test_resampled_in_blocks_as_whole(tmp_path, monkeypatch):
-    """Against a tone that the other rate cannot hold, too."""
-    time = np.arange(48000) / 48000
-    tones = [np.sin(2 * np.pi * hertz * time) * 8000 for hertz in (440, 9000)]
-    path = write(tmp_path / "a.wav", np.rint(sum(tones)).astype(np.int16), 48000)
+def test_resampled_in_blocks(tmp_path, monkeypatch):
+    """A tone stays, another that the new rate cannot hold goes."""
+    low, high = (np.sin(2 * np.pi * f * np.arange(48000) / 48000) * 8000 for f in (440, 9000))
+    path = write(tmp_path / "a.wav", np.rint(low + high).astype(np.int16), 48000)
     whole = read(path, resample=True)
-    expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) * 8000
     assert whole.dtype == np.float32 and len(whole) == 16000
-    assert np.abs(whole - expected)[200:-200].max() < 2
+    assert np.abs(whole - low[::3])[200:-200].max() < 2
     monkeypatch.setattr(audio, "BLOCK_SIZE", 1000)
     np.testing.assert_allclose(read(path, resample=True), whole, atol=0.01)
 
 
 def test_rates_and_channels_are_rejected_with_the_flags_that_help(tmp_path):
     path = write(tmp_path / "a.flac", np.stack([speech(), -speech()], axis=1), 8000)
-    rejected(path, "8000 Hz, expected 16000 Hz; it has 2 channels.*: .*--resample and --channel K")
+    rejected(path, "8000 Hz, expected 16000 Hz: .*--resample; it has 2 channels.*--channel K")
     rejected(path, "2 channels, expected 1: .*with --channel K", resample=True)
     rejected(path, "no channel 2: it has 2", resample=True, channel=2)
     left, right = (read(path, resample=True, channel=k) for k in (0, 1))
@@ -184,13 +166,14 @@ def test_a_wav_of_another_length_than_its_header_states_is_read_with_a_warning(
     ]
 
 
-def test_what_stands_behind_the_samples_of_a_wav_gives_no_warning(tmp_path):
+def test_other_chunks_around_the_samples_of_a_wav_give_no_warning(tmp_path):
     for samples in (speech()[:1000], speech()[:1001]):  # the latter with a byte of padding
         path, notes = Path(write(tmp_path / "a.wav", samples, subtype="PCM_U8")), []
-        content = path.read_bytes()
-        for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO", bytes(5)):
-            path.write_bytes(content + more)
-            assert len(read(path, notes=notes)) == len(samples)
+        content, expected = path.read_bytes(), read(path)
+        chunk = b"LIST" + struct.pack("<I", 5) + b"INFO?\0"  # 5, and one of padding
+        for before, after in [(b"", b""), (b"", chunk), (chunk, chunk), (b"", bytes(5))]:
+            path.write_bytes(content[:36] + before + content[36:] + after)
+            assert np.array_equal(read(path, notes=notes), expected)
         assert notes == []
 
 
@@ -222,23 +205,16 @@ def test_damaged_in_the_middle(tmp_path):
 
 
 def test_what_libsndfile_cannot_decode_is_rejected_with_what_helps(tmp_path):
-    rejected(FILES / "ffmpeg.m4a", r"MPEG-4 audio.*: ffmpeg -i \S*ffmpeg\.m4a OUT\.wav")
-    sphere = (FILES / "sox.sph").read_bytes()
-    path = tmp_path / "a.wav"
-    for content in (
-        sphere.replace(b"-s3 pcm", b"-s26 pcm,embedded-shorten-v2.00"),
-        b"ajkg\x02\xfb",
-    ):
-        path.write_bytes(content)
-        rejected(path, r"Shorten.*: sph2pipe -f wav \S*a\.wav OUT\.wav")
+    path, sphere = tmp_path / "a.wav", (FILES / "sox.sph").read_bytes()
+    path.write_bytes(sphere.replace(b"-s3 pcm", b"-s26 pcm,embedded-shorten-v2.00"))
+    rejected(path, r"Shorten.*: sph2pipe -f wav \S*a\.wav OUT\.wav")
     path.write_bytes(b"")
     rejected(path, r"the file is empty \(0 bytes\)")
     caf = Path(write(tmp_path / "a.caf", speech())).read_bytes()
     place = caf.index(b"data") + 4
-    for content in (
-        caf[:place] + b"\xff" * 8 + caf[place + 8 :],  # of unknown length
-        *(b"fLaC", b"RIFF", b"NIST_1A\n", b"hello\n" * 99, bytes(4096)),
-    ):
+    unknown_length = caf[:place] + b"\xff" * 8 + caf[place + 8 :]
+    mpeg_4 = (FILES / "ffmpeg.m4a").read_bytes()
+    for content in (unknown_length, mpeg_4, b"fLaC", b"RIFF", b"NIST_1A\n", b"hello\n" * 99):
         path.write_bytes(content)
         rejected(path, r"cannot be decoded.* unknown length .*ffmpeg -i \S*a\.wav OUT\.wav")
 
@@ -250,14 +226,14 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_samples_out_of_range_are_rejected(tmp_path):
-    for bad in (np.nan, np.inf, -np.inf, 1e38):  # the last overflows in 16-bit range
-        samples = speech().astype(np.float32) / 32768
-        samples[700] = bad
-        rejected(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite")
+    path, samples = tmp_path / "a.wav", speech().astype(np.float32)
     for subtype in ("FLOAT", "DOUBLE"):  # 16-bit values in a floating-point file
-        path = write(tmp_path / "a.wav", speech().astype(np.float32), subtype=subtype)
-        rejected(path, rf"samples up to {np.abs(speech()).max():g}, expected -1 to 1")
-    loud = write(tmp_path / "a.wav", np.full(500, 1.5), subtype="FLOAT")  # an overshoot is none
+        reason = rf"samples up to {np.abs(samples).max():g}, expected -1 to 1"
+        rejected(write(path, samples, subtype=subtype), reason)
+    for bad in (np.nan, -np.inf, 1e38):  # the last overflows in 16-bit range
+        samples[700] = bad
+        rejected(write(path, samples, subtype="FLOAT"), "NaN or infinite")
+    loud = write(path, np.full(500, 1.5), subtype="FLOAT")  # an overshoot is none
     assert np.array_equal(read(loud), np.full(500, 49152, np.float32))
 
 
@@ -271,55 +247,52 @@ def touch(root, *names):
 
 
 def test_find_audio_lists_a_tree_by_id_and_what_it_ignores(tmp_path):
-    touch(tmp_path, "in/84/121123/84-121123-0001.flac", "in/84/121123/84-121123-0000.flac")
-    touch(tmp_path, "in/103/1240/103-1240-0000.FLAC", "in/z.b.Wav", "in/84/1/84-1.trans.txt")
-    touch(tmp_path, "in/.hidden/x.wav", "in/._z.wav", "in/84/LICENSE", "elsewhere/85/c.mp3")
-    touch(tmp_path, "in/84/Thumbs.db", "in/84/.DS_Store", "in/84/.nfs0001")
-    (tmp_path / "in" / "84" / "loop").symlink_to(tmp_path / "in")
+    touch(tmp_path, "in/84/1/84-1-1.flac", "in/84/1/84-1-0.flac", "in/103/4/103-4-0.FLAC")
+    touch(tmp_path, "in/z.b.Wav", "elsewhere/85/c.mp3")
     (tmp_path / "in" / "84" / "y.wav").symlink_to(tmp_path / "in" / "z.b.Wav")
     (tmp_path / "in" / "85").symlink_to("../elsewhere/85")
-    found, left_out = find_audio(tmp_path / "in")
-    assert {recording.utt_id: recording.speaker for recording in found} == {
-        "103-1240-0000": "103",
-        "84-121123-0000": "84",
-        "84-121123-0001": "84",
-        "c": "85",
-        "y": "84",
-        "z.b": None,
+    expected = {
+        ".hidden": "hidden",
+        "._z.wav": "hidden",
+        "84/LICENSE": "no extension",
+        "84/1/84-1.trans.txt": ".txt",
+        "84/Thumbs.db": ".db",
+        "84/.DS_Store": "hidden",
+        "84/.nfs0001": "hidden",
+        "84/loop": "a link to a folder above it",
     }
+    touch(tmp_path / "in", ".hidden/x.wav", *[*expected][1:-1])
+    (tmp_path / "in" / "84" / "loop").symlink_to(tmp_path / "in")
+    found, left_out = find_audio(tmp_path / "in")
+    assert [(recording.utt_id, recording.speaker) for recording in found] == [
+        *[("103-4-0", "103"), ("84-1-0", "84"), ("84-1-1", "84"), ("c", "85"), ("y", "84")],
+        ("z.b", None),
+    ]
     assert all(os.path.isfile(recording.path) for recording in found)
-    assert [recording.utt_id for recording in found] == sorted(r.utt_id for r in found)
-    expected = {".hidden": "hidden", "._z.wav": "hidden", "84/LICENSE": "no extension"}
-    expected |= {"84/loop": "a link to a folder above it", "84/1/84-1.trans.txt": ".txt"}
-    expected |= {"84/Thumbs.db": ".db", "84/.DS_Store": "hidden", "84/.nfs0001": "hidden"}
     assert {*left_out} == {f"{tmp_path}/in/{name}: {why}" for name, why in expected.items()}
     counts = "1 .db, 1 .txt, 1 a link to a folder above it, 4 hidden, 1 no extension"
     assert count_left_out(left_out) == counts
     assert find_audio(found[0].path) == ([found[0]._replace(speaker=None)], [])
 
 
-def test_ids_from_paths(tmp_path):
-    touch(tmp_path, "id1/a/00001.wav", "id1/b/00001.wav", "id2/a/00001.wav", "00001.wav")
-    with pytest.raises(UserError, match=r"00001\.wav and \S*00001\.wav: .*--ids_from_paths"):
-        find_audio(tmp_path)
-    found, _ = find_audio(tmp_path, ids_from_paths=True)
+def test_two_files_with_one_id_are_rejected_with_the_flag_that_helps(tmp_path):
+    touch(tmp_path, "in/id1/a/1.wav", "in/id1/b/1.wav", "in/1.wav")
+    with pytest.raises(UserError, match=r"1\.wav and \S*1\.wav: .* id 1: .*--ids_from_paths"):
+        find_audio(tmp_path / "in")
+    found, _ = find_audio(tmp_path / "in", ids_from_paths=True)
     ids = {recording.utt_id: recording.speaker for recording in found}
-    assert ids == {"00001": None, "id1-a-00001": "id1", "id1-b-00001": "id1", "id2-a-00001": "id2"}
-    touch(tmp_path, "id1-a/00001.wav")
-    with pytest.raises(UserError, match="two files .*id1-a-00001: rename one"):
-        find_audio(tmp_path, ids_from_paths=True)
-
-
-def test_one_kind_of_file_by_pattern(tmp_path):
-    """FLAC and WAV of one utterance, and VCTK's two microphones."""
+    assert ids == {"1": None, "id1-a-1": "id1", "id1-b-1": "id1"}
+    touch(tmp_path, "in/id1-a/1.wav")
+    with pytest.raises(UserError, match="two files .*id1-a-1: rename one"):
+        find_audio(tmp_path / "in", ids_from_paths=True)
+    # VCTK has two microphones; other corpora both FLAC and WAV.
     touch(tmp_path, "a/1.wav", "a/1.flac", "a/2_mic1.flac", "a/2_mic2.flac")
-    message = r"two files with the utterance id (a-)?1: .*--pattern '\*\.(flac|wav)'"
     for ids_from_paths in (False, True):
-        with pytest.raises(UserError, match=message):
-            find_audio(tmp_path, ids_from_paths=ids_from_paths)
-    for pattern, ids in [("*.wav", ["1"]), ("*_mic1.flac", ["2_mic1"]), ("a/2*1.*", ["2_mic1"])]:
-        found, ignored = find_audio(tmp_path, pattern=pattern)
-        assert [recording.utt_id for recording in found] == ids
+        with pytest.raises(UserError, match=r" id (a-)?1: .*--pattern '\*\.(flac|wav)'"):
+            find_audio(tmp_path / "a", ids_from_paths=ids_from_paths)
+    for pattern, utt_id in [("*.wav", "1"), ("*_mic1.flac", "2_mic1")]:
+        found, ignored = find_audio(tmp_path / "a", pattern=pattern)
+        assert [recording.utt_id for recording in found] == [utt_id]
         assert count_left_out(ignored) == "3 --pattern does not match"
 
 
@@ -327,23 +300,27 @@ def test_names_with_spaces_and_accents_can_be_given_a_speaker(tmp_path, caplog):
     touch(tmp_path, "in/my recording 1.wav", "in/cafe\u0301.wav")  # decomposed, as on macOS
     (tmp_path / "utt2spk").write_text("my_recording_1 anna\ncaf\u00e9 bert\n", encoding="utf-8")
     found, _ = find_audio(tmp_path / "in")
-    assert speakers_of(found, tmp_path / "in", tmp_path / "utt2spk") == {
-        "my_recording_1": "anna",
-        "caf\u00e9": "bert",
-    }
+    speakers = speakers_of(found, tmp_path / "in", tmp_path / "utt2spk")
+    assert speakers == {"my_recording_1": "anna", "caf\u00e9": "bert"}
     assert caplog.messages == [f"{tmp_path}/in: spaces in 1 file names are '_' in their ids"]
 
 
-def test_speakers_are_known_or_asked_for(tmp_path):
-    touch(tmp_path, "p225/a.wav", "p226/b.wav")
-    assert speakers_of(find_audio(tmp_path)[0], tmp_path) == {"a": "p225", "b": "p226"}
-    touch(tmp_path, "c.wav")
-    message = r"c\.wav: the speaker of utterance c, .*, or use --this or --that"
+def test_speakers_are_known_or_asked_for(tmp_path, caplog):
+    touch(tmp_path, "p225/x/a.wav", "p225/y/b.wav")
+    assert speakers_of(find_audio(tmp_path)[0], tmp_path) == {"a": "p225", "b": "p225"}
+    assert "of one speaker, p225: if they are not, use --utt2spk FILE" in caplog.text
+    touch(tmp_path, "p226/c.wav")
+    speakers = speakers_of(find_audio(tmp_path)[0], tmp_path)
+    assert speakers == {"a": "p225", "b": "p225", "c": "p226"}
+    touch(tmp_path, "d.wav")
+    message = r"d\.wav: the speaker of utterance d, .*, or use --this or --that"
     with pytest.raises(UserError, match=message):
         speakers_of(find_audio(tmp_path)[0], tmp_path, ways_out="--this or --that")
-    (tmp_path / "utt2spk").write_text("a x\nb y\n")
-    with pytest.raises(UserError, match=r"c\.wav: .* utterance c, .* not in \S*utt2spk"):
+    (tmp_path / "utt2spk").write_text("a x\nb y\nc y\n")
+    with pytest.raises(UserError, match=r"d\.wav: .* utterance d, .* not in \S*utt2spk"):
         speakers_of(find_audio(tmp_path)[0], tmp_path, tmp_path / "utt2spk")
+    assert describe_speakers("a" * 3 + "b") == "2 (a, b), 2 utterances each"
+    assert describe_speakers("dcba") == "4 (a, b, c, ...), 1 utterances each"
 
 
 @pytest.mark.parametrize(
@@ -351,11 +328,9 @@ def test_speakers_are_known_or_asked_for(tmp_path):
     [
         (["train-clean-360/84/1/a.flac", "dev-clean/85/1/b.flac"], "dev-clean"),  # LibriSpeech
         (["train/audio/1/1/a.flac", "train/audio/2/1/b.flac"], "train"),  # MLS
-        (["audio/1/1/a.flac", "audio/2/1/b.flac"], "audio"),
         (["clips/a.mp3", "clips/b.mp3"], "clips"),  # Common Voice
         (["podcast/P1/a.opus", "youtube/Y1/b.opus"], "podcast"),  # GigaSpeech
         (["TRAIN/DR1/FABC0/a.wav", "TEST/DR1/MABC0/b.wav"], "TEST"),  # TIMIT
-        (["DR1/FABC0/a.wav", "DR2/MABC0/b.wav"], "DR1"),
         (["corpus/1/1/a.wav", "corpus/2/1/b.wav"], "corpus"),
     ],
 )
@@ -368,17 +343,6 @@ def test_parts_of_a_corpus_are_not_taken_for_speakers(tmp_path, names, below):
     speakers = tmp_path / "utt2spk"
     speakers.write_text("a 1\nb 2\n")
     assert speakers_of(recordings, tmp_path, speakers) == {"a": "1", "b": "2"}
-
-
-def test_a_single_speaker_is_a_warning(tmp_path, caplog):
-    touch(tmp_path, "84/1/a.flac", "84/2/b.flac")
-    assert speakers_of(find_audio(tmp_path)[0], tmp_path) == {"a": "84", "b": "84"}
-    assert "of one speaker, 84: if they are not, use --utt2spk FILE" in caplog.text
-
-
-def test_speakers_described():
-    assert describe_speakers("a" * 3 + "b") == "2 (a, b), 2 utterances each"
-    assert describe_speakers("dcba") == "4 (a, b, c, ...), 1 utterances each"
 
 
 def test_find_audio_rejects_what_holds_none(tmp_path, monkeypatch):
@@ -405,14 +369,13 @@ def test_find_audio_rejects_what_holds_none(tmp_path, monkeypatch):
     assert len(bad) == 1 and "Permission denied" in bad[0]
 
 
-def test_names_that_cannot_be_ids_are_rejected(tmp_path):
-    for name in ("a\\b.wav", os.fsdecode(b"caf\xe9.wav"), "bell\7.wav"):
-        touch(tmp_path, f"x/{name}")
-        with pytest.raises(UserError, match="utterance id .* cannot be a file name"):
-            find_audio(tmp_path)
-        bad = []
-        assert find_audio(tmp_path, bad=bad) == ([], []) and "cannot be a file name" in bad[0]
-        (tmp_path / "x" / name).unlink()
+def test_names_that_cannot_be_ids_are_rejected_or_skipped(tmp_path):
+    names = ("a\\b.wav", os.fsdecode(b"caf\xe9.wav"), "bell\7.wav")
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match="utterance id .* cannot be a file name"):
+        find_audio(tmp_path)
+    bad = []
+    assert find_audio(tmp_path, bad=bad) == ([], []) and len(bad) == len(names)
 
 
 def test_a_kaldi_data_directory(tmp_path):
@@ -430,11 +393,9 @@ def test_a_kaldi_data_directory(tmp_path):
     found, left_out = find_audio(tmp_path)
     assert left_out == []
     assert speakers_of(found, tmp_path) == {"a": "anna", "b": "bert"}
-    samples = [np.concatenate([*read_blocks(recording, RATE)]) for recording in found]
-    assert np.array_equal(samples[0], sound[32000:, 1])
-    assert np.array_equal(samples[1], sound[8000:20000, 0])
-    flag = [np.concatenate([*read_blocks(recording, RATE, channel=1)]) for recording in found]
-    assert np.array_equal(flag[1], samples[1]), "--channel overrules the tables"
+    for channel in (None, 1):  # the flag does not overrule the tables
+        a, b = (np.concatenate([*read_blocks(one, RATE, channel=channel)]) for one in found)
+        assert np.array_equal(a, sound[32000:, 1]) and np.array_equal(b, sound[8000:20000, 0])
     for name in ("segments", "utt2spk"):
         (tmp_path / name).unlink()
     found, _ = find_audio(tmp_path)
@@ -448,23 +409,6 @@ def test_a_kaldi_data_directory(tmp_path):
         find_audio(tmp_path, ids_from_paths=True)
     (tmp_path / "segments").write_text("a rec-A 0 1 1\nb rec-A 1 2 0\nc rec-A 2 3\n")
     assert [recording.channel for recording in find_audio(tmp_path)[0]] == [1, 0, 0]
-
-
-@pytest.mark.parametrize("name", ["segments", "utt2spk", "wav.scp"])
-def test_an_empty_table_of_a_data_directory_is_an_error(tmp_path, name):
-    (tmp_path / "wav.scp").write_text("rec a.wav\n")
-    (tmp_path / name).write_text("\n")
-    with pytest.raises(UserError, match=f"{name}: this table is empty"):
-        find_audio(tmp_path)
-
-
-def test_bad_segments_may_be_skipped(tmp_path):
-    (tmp_path / "wav.scp").write_text("rec a.wav\n")
-    (tmp_path / "segments").write_text("a rec 1 0\nb rec 1 1\nc rec 0 1\n../d rec 0 1\n")
-    bad = []
-    found, _ = find_audio(tmp_path, bad=bad)
-    assert [recording.utt_id for recording in found] == ["c"]
-    assert len(bad) == 3 and "expected 0 <= start < end, " in bad[1]
 
 
 @pytest.mark.parametrize(
@@ -481,7 +425,8 @@ def test_bad_segments_may_be_skipped(tmp_path):
         ("segments", "a rec 0 1\na rec 1 2", r"segments:2: a has .*segments:1"),
         ("segments", "a rec 0 1 A", r"segments:1: utterance a: .* a channel, from 0, found"),
         ("reco2file_and_channel", "rec f 0", r"channel:1: expected a channel A, B, .*found '0'"),
-        ("utt2spk", "a s\na t", r"utt2spk:2: a has 't' here, and 's' in \S*utt2spk:1"),
+        ("segments", "", "segments: this table is empty"),
+        ("utt2spk", "\n", "utt2spk: this table is empty"),
     ],
 )
 def test_a_data_directorys_faults_are_named_by_line(tmp_path, name, line, reason):
@@ -492,13 +437,9 @@ def test_a_data_directorys_faults_are_named_by_line(tmp_path, name, line, reason
         find_audio(tmp_path)
 
 
-def test_log_mel_frames_of_a_file(tmp_path, monkeypatch):
+def test_log_mel_frames_of_a_file(tmp_path):
     path, settings = write(tmp_path / "a.flac", speech(2)), fbank_settings()
-    whole = fbank(speech(2).astype(np.float32), settings)
-    for size in (100, 12345, 1 << 20):
-        monkeypatch.setattr(audio, "BLOCK_SIZE", size)
-        assert np.array_equal(read_fbank(Recording("utt", path), settings), whole)
-    with pytest.raises(UserError, match=r"b\.wav: its 399 samples are fewer than one window \(400"):
-        read_fbank(Recording("utt", write(tmp_path / "b.wav", speech()[:399])), settings)
-    with pytest.raises(UserError, match=r"a\.flac: utterance utt: its 160 samples are fewer"):
+    frames = read_fbank(Recording("utt", path), settings)
+    assert np.array_equal(frames, fbank(speech(2).astype(np.float32), settings))
+    with pytest.raises(UserError, match=r"a\.flac: utterance utt: its 160 samples are fewer than"):
         read_fbank(Recording("utt", path, start=1, end=1.01), settings)

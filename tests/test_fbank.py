@@ -57,19 +57,6 @@ def reference_fbank(samples, rate=RATE, bins=80, low=20.0, length_ms=25, shift_m
 # Settings -----------------------------------------------------------------------------------------
 
 
-def options_by_hand(settings):
-    """kaldi-native-fbank's options, each set by itself."""
-    options = kaldi_native_fbank.FbankOptions()
-    for name, value in settings.items():
-        name = {"sample_rate": "samp_freq", "num_mel_bins": "num_bins"}.get(name, name)
-        groups = (options.frame_opts, options.mel_opts, options)
-        holders = [group for group in groups if hasattr(group, name)]
-        assert len(holders) == (name != "full_scale"), "no option has this name, or two have"
-        for group in holders:
-            setattr(group, name, value)
-    return options
-
-
 def test_settings_are_the_originals_and_no_option_is_left_to_the_library():
     """Also fails when a new version of the library brings a new option."""
     settings = fbank_settings()
@@ -77,25 +64,26 @@ def test_settings_are_the_originals_and_no_option_is_left_to_the_library():
     assert all(type(settings[name]) is type(value) for name, value in PREPARED.items())
     changes = {"dither": 1.0, "num_mel_bins": 40, "sample_rate": 8000}
     assert fbank_settings(changes) == settings | changes
-    assert fbank_settings(json.loads(json.dumps(settings))) == settings
 
 
 def test_every_setting_reaches_the_library(monkeypatch):
-    """But dither, which is added before."""
+    """But full_scale and dither, which are applied before."""
     seen = []
 
-    def refuse(options):
+    def reject(options):
         seen.append(options.as_dict())
         raise ValueError("seen")
 
-    monkeypatch.setattr(kaldi_native_fbank, "OnlineFbank", refuse)
+    monkeypatch.setattr(kaldi_native_fbank, "OnlineFbank", reject)
     change = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 1, str: str.upper}
-    for name, value in PREPARED.items():
-        settings = PREPARED | {name: change[type(value)](value)}
-        with pytest.raises(UserError, match="seen"):
-            fbank(np.zeros(RATE, np.float32), fbank_settings(settings))
-        expected = options_by_hand(settings | {"dither": 0.0})
-        assert seen.pop() == expected.as_dict(), name
+    settings = {name: change[type(value)](value) for name, value in PREPARED.items()}
+    with pytest.raises(UserError, match="seen"):
+        fbank(np.zeros(RATE, np.float32), fbank_settings(settings))
+    options = seen[0].pop("frame_opts") | seen[0].pop("mel_opts") | seen[0]
+    settings["samp_freq"] = settings.pop("sample_rate")
+    settings["num_bins"] = settings.pop("num_mel_bins")
+    assert settings.pop("full_scale") == 32769
+    assert options == pytest.approx(settings | {"dither": 0.0})  # they are float32
 
 
 @pytest.mark.parametrize(
@@ -104,8 +92,6 @@ def test_every_setting_reaches_the_library(monkeypatch):
         ("num_bins", [80], "num_bins: no such"),
         ("num_mel_bins", [80.0, True, None, "80", 500, 10**20], "num_mel_bins"),
         ("sample_rate", ["16000", float("nan"), float("-inf")], "sample_rate"),
-        ("eps", [float("nan"), 10**400], "eps"),
-        ("dither", [False, [1.0]], "dither"),
         ("use_energy", [1], "use_energy"),
         ("low_freq", [9000], "low-freq 9000"),
         ("window_type", [3, "bartlett"], "window.type"),
@@ -134,48 +120,36 @@ def test_fbank_is_kaldis(rate, bins):
     assert np.abs(frames - expected).mean() < 1e-5
 
 
-def test_fbank_repeats_and_counts_frames():
+def test_any_layout_type_and_blocks_of_the_samples_give_the_same_frames():
     settings = fbank_settings()
-    for count in (400, 559, 560, 16000):
-        samples = speech()[:count].astype(np.float32)
+    for count in (400, 559, 560, 32000):
+        samples = speech(2)[:count].astype(np.float32)
         frames = fbank(samples, settings)
         assert frames.shape == (1 + (count - 400) // 160, 80)
-        assert np.array_equal(frames, fbank(samples, settings))
-        # any other layout or type of the same samples
         assert np.array_equal(frames, fbank(np.repeat(samples, 2)[::2], settings))
         assert np.array_equal(frames, fbank(samples.astype(np.int16), settings))
+        for size in (100, 1600, 12345):  # a block may be shorter than a window
+            blocks = np.split(samples, range(size, count, size))
+            parts = list(fbank_blocks(blocks, settings))
+            assert max(map(len, parts)) <= size // 160 + 1
+            assert np.array_equal(np.concatenate(parts), frames)
 
 
-def test_dither_adds_noise_of_one_16_bit_step():
-    frames = fbank(np.zeros(RATE, np.float32), fbank_settings({"dither": 1.0}))
+def test_dither_adds_noise_of_one_16_bit_step_that_depends_on_the_utterance_only():
+    silence, settings = np.zeros(RATE, np.float32), fbank_settings({"dither": 1.0})
+    frames = fbank(silence, settings, utt_id="a")
     noise = np.random.default_rng(0).standard_normal(RATE)
     assert abs(frames.mean() - reference_fbank(noise).mean()) < 0.05
-
-
-def test_dither_depends_on_the_utterance_only():
-    samples, settings = speech().astype(np.float32), fbank_settings({"dither": 1.0})
-    frames = fbank(samples, settings, utt_id="a")
-    assert not np.array_equal(frames, fbank(samples, settings, utt_id="b"))
-    again = fbank_blocks(np.split(samples, [100, 5000]), settings, utt_id="a")
+    assert not np.array_equal(frames, fbank(silence, settings, utt_id="b"))
+    again = fbank_blocks(np.split(silence, [100, 5000]), settings, utt_id="a")
     assert np.array_equal(frames, np.concatenate([*again]))
-
-
-def test_blocks_give_what_the_whole_gives():
-    samples, settings = speech(2).astype(np.float32), fbank_settings()
-    whole = fbank(samples, settings)
-    for size in (100, 1600, 12345):  # a block may be shorter than a window
-        blocks = np.split(samples, range(size, len(samples), size))
-        frames = list(fbank_blocks(blocks, settings))
-        assert max(map(len, frames)) <= size // 160 + 1
-        assert np.array_equal(np.concatenate(frames), whole)
 
 
 def test_what_cannot_be_computed_is_an_error_that_names_it():
     settings, loud = fbank_settings(), speech().astype(np.float32) * 1e30
     for count in (0, 399):
-        with pytest.raises(
-            UserError, match=rf"a\.wav: its {count} samples are fewer than one window"
-        ):
+        message = rf"a\.wav: its {count} samples are fewer than one window"
+        with pytest.raises(UserError, match=message):
             fbank(np.zeros(count, np.float32), settings, name="a.wav")
     with pytest.raises(UserError, match=r"a\.wav: .*NaN or infinite"):
         fbank(loud, settings, name="a.wav")
@@ -238,30 +212,24 @@ def test_constant_dimensions_become_zero():
         assert not normalised.any() and not one.any()
 
 
-def test_cmvn_none_changes_nothing():
-    frames = np.ones((3, 2), np.float32)
-    assert CMVN("none").apply(frames, None) is frames
-
-
 def test_cmvn_groups():
-    utt2spk = {"a": "anna"}
+    utt2spk, frames = {"a": "anna"}, np.ones((3, 2), np.float32)
     for kind, group in [("speaker", "anna"), ("utterance", "a"), ("global", "all"), ("none", "a")]:
         assert CMVN(kind).group("a", "feats:1", utt2spk) == group
     with pytest.raises(UserError, match="feats:1: utterance b has no speaker in utt2spk"):
         CMVN("speaker").group("b", "feats:1", utt2spk)
+    assert CMVN("none").apply(frames, None) is frames
 
 
-def test_cmvn_of_prepared_json():
-    """Folders from before there was norm_vars were normalised by the variance as well."""
-    for prepared, expected in [
+@pytest.mark.parametrize(
+    "prepared, expected",
+    [
         ({"cmvn": "speaker", "norm_vars": False}, CMVN("speaker")),
         ({"cmvn": "utterance", "norm_vars": True}, CMVN("utterance", norm_vars=True)),
-        ({"cmvn": "speaker"}, CMVN("speaker", norm_vars=True)),
-        (
-            {"cmvn": "utterance", "norm_vars": True, "unbiased_vars": True},
-            CMVN("utterance", True, True),
-        ),
-        ({"cmvn": "none"}, CMVN("none")),
+        ({"cmvn": "speaker"}, CMVN("speaker", norm_vars=True)),  # before there was norm_vars
+        ({"cmvn": "global", "norm_vars": True, "unbiased_vars": True}, CMVN("global", True, True)),
         ({}, CMVN("none")),
-    ]:
-        assert CMVN.from_prepared(prepared) == expected
+    ],
+)
+def test_cmvn_of_prepared_json(prepared, expected):
+    assert CMVN.from_prepared(prepared) == expected

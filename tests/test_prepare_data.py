@@ -72,10 +72,9 @@ def write(path, content):
 
 
 def save_speech(folder, utterances=SPEECH, extension="wav"):
-    """In a folder for each speaker."""
+    """In LibriSpeech's tree."""
     for utt in utterances:
-        path = folder / utt.split("-")[0] / f"{utt}.{extension}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = write(folder / "/".join(utt.split("-")[:2]) / f"{utt}.{extension}", b"")
         soundfile.write(path, SPEECH[utt], RATE)
     return folder
 
@@ -91,10 +90,7 @@ def dump(utterances):
 def sources(tmp_path_factory):
     """{name: path} of the same speech, and of less of it."""
     root = tmp_path_factory.mktemp("sources")
-    for utt in SPEECH:  # LibriSpeech's tree
-        path = root / "flac" / "/".join(utt.split("-")[:2]) / f"{utt}.flac"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, SPEECH[utt], RATE)
+    save_speech(root / "flac", extension="flac")
     # Old corpora have folder names in Latin-1, which are no ids.
     (root / "flac" / "84").rename(root / "flac" / os.fsdecode(b"Andr\xe9"))
     write(root / "utt2spk", "".join(f"{utt} {utt.split('-')[0]}\n" for utt in SPEECH))
@@ -252,35 +248,28 @@ def test_a_speaker_is_never_guessed(tmp_path, error_of, sources):
         assert not (tmp_path / "out").exists()
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, prepare, sources, monkeypatch):
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, prepare, monkeypatch):
     monkeypatch.setattr(kaldi, "BLOCK_SIZE", 1)  # a job for each utterance
     ids = [f"s{i % 3}-{i}" for i in np.random.default_rng(0).permutation(100)]
     many = {utt: FRAMES["84-1-0000"][:5] + number for number, utt in enumerate(ids)}
-    kaldi_dump, flac = write(tmp_path / "many", dump(many)), sources["flac"]
     write(tmp_path / "utt2spk", "".join(f"{utt} {utt[:2]}\n" for utt in ids))
-    for source, *options in [
-        (kaldi_dump, "--cmvn", "none"),
-        (kaldi_dump, "--cmvn", "speaker"),
-        (flac, "--cmvn", "global"),
-        (flac, "--cmvn", "none", "--dither", 1),
+    for number in range(6):
+        path = write(tmp_path / "silence" / f"{number}.wav", b"")
+        soundfile.write(path, np.zeros(8000, np.int16), RATE)
+    for name, source, *options in [
+        ("none", write(tmp_path / "many", dump(many)), "--cmvn", "none"),
+        ("speaker", tmp_path / "many", "--cmvn", "speaker"),
+        ("global", tmp_path / "silence", "--cmvn", "global"),
+        ("dither", tmp_path / "silence", "--cmvn", "none", "--dither", 1),
     ]:
-        folders = [tmp_path / f"{source.name}-{options[-1]}-{number}" for number in (1, 3)]
+        folders = [tmp_path / f"{name}-{num_workers}" for num_workers in (1, 3)]
         for folder, num_workers in zip(folders, (1, 3)):
             prepare(source, folder, *options, num_workers=num_workers)
         assert contents(folders[0]) == contents(folders[1])
     # In the dump's order whoever was done first, so that a training run can be repeated.
-    assert_holds(tmp_path / "many-none-3", many)
-
-
-def test_dither_differs_between_utterances(tmp_path, prepare):
-    silence = np.zeros(8000, np.int16)
-    for number in range(6):
-        write(path := tmp_path / "in" / f"{number}.wav", b"")
-        soundfile.write(path, silence, RATE)
-    options = ["--cmvn", "none", "--dither", 1]
-    prepare(tmp_path / "in", tmp_path / "out", *options, num_workers=2)
-    tensors = {tensor.tobytes() for tensor, _ in read_folder(tmp_path / "out").values()}
-    assert len(tensors) == 6
+    assert_holds(tmp_path / "none-3", many)
+    dithered = read_folder(tmp_path / "dither-3").values()
+    assert len({tensor.tobytes() for tensor, _ in dithered}) == 6, "utterances share their noise"
 
 
 def test_standard_input_and_the_default_workers(tmp_path):
@@ -291,36 +280,30 @@ def test_standard_input_and_the_default_workers(tmp_path):
 
 
 def test_prepared_json_says_how_a_folder_was_made(tmp_path, prepare, sources):
-    prepared = {}
-    for name, source, *options in [
-        ("audio", "few"),
-        ("global", "wav", "--cmvn", "global"),
-        ("dither", "few", "--cmvn", "none", "--dither", "1"),
-        ("kaldi", "few_scp", "--cmvn", "utterance", "--norm_vars"),
-        ("s3prl", "few", "--as_s3prl"),
+    settings = json.loads(json.dumps(fbank_settings()))
+    s3prls = settings | {"full_scale": 1, "htk_compat": False}
+    for name, source, options, expected in [
+        ("audio", "few", [], {"cmvn": "speaker", "norm_vars": False, "fbank": settings}),
+        ("global", "wav", ["--cmvn", "global"], {"cmvn": "global", "norm_vars": False}),
+        ("dither", "few", ["--dither", "1"], {"fbank": settings | {"dither": 1}}),
+        ("kaldi", "few_scp", ["--cmvn", "global", "--norm_vars"], {"norm_vars": True}),
+        ("s3prl", "few", ["--as_s3prl"], {"cmvn": "utterance", "fbank": s3prls}),
     ]:
         prepare(sources[source], tmp_path / name, *options)
-        prepared[name] = json.loads((tmp_path / name / "prepared.json").read_text())
-        wanted = {"mel_dim": 80, "max_seq_len": MAX_SEQ_LEN, "version": utils.__version__}
-        wanted |= {"path": str(sources[source]), "utt2spk": None}
-        assert prepared[name].items() >= wanted.items()
-        assert prepared[name]["source"] == ("kaldi" if name == "kaldi" else "audio")
+        prepared = json.loads((tmp_path / name / "prepared.json").read_text())
+        expected |= {"mel_dim": 80, "max_seq_len": MAX_SEQ_LEN, "version": utils.__version__}
+        expected |= {"path": str(sources[source]), "utt2spk": None}
+        expected |= {"source": "kaldi", "fbank": None} if name == "kaldi" else {"source": "audio"}
+        assert prepared.items() >= expected.items()
+        assert prepared["unbiased_vars"] == (name == "s3prl")
+        assert ("cmvn_stats" in prepared) == (name in ("global", "kaldi"))
+        if name == "global":  # normalising new speech for a model takes the corpus' statistics
+            together = np.concatenate(list(FRAMES.values())).astype(np.float64)
+            sums, squares = prepared["cmvn_stats"]
+            assert sums[-1] == len(together)
+            np.testing.assert_allclose(sums[:-1], together.sum(axis=0))
+            np.testing.assert_allclose(squares[:-1], np.square(together).sum(axis=0))
     assert int(utils.__version__.split(".")[0]) >= 2, "CMVN has changed its meaning after 1.0.0"
-    cmvn = [value["cmvn"] for value in prepared.values()]
-    assert cmvn == ["speaker", "global", "none", "utterance", "utterance"]
-    assert [name for name in prepared if prepared[name]["norm_vars"]] == ["kaldi", "s3prl"]
-    assert [name for name in prepared if "unbiased_vars" in prepared[name]] == ["s3prl"]
-    assert prepared["kaldi"]["fbank"] is None
-    settings = json.loads(json.dumps(fbank_settings()))
-    assert prepared["audio"]["fbank"] == settings
-    assert prepared["dither"]["fbank"] == settings | {"dither": 1}
-    assert prepared["s3prl"]["fbank"] == settings | {"full_scale": 1, "htk_compat": False}
-    # Normalising new speech for a model that was trained on it needs the corpus' statistics.
-    together = np.concatenate(list(FRAMES.values())).astype(np.float64)
-    sums, squares = prepared["global"]["cmvn_stats"]
-    assert sums[-1] == len(together)
-    np.testing.assert_allclose(sums[:-1], together.sum(axis=0))
-    np.testing.assert_allclose(squares[:-1], np.square(together).sum(axis=0))
 
 
 def test_another_sampling_rate(tmp_path, prepare):
@@ -356,9 +339,9 @@ def test_long_utterances_are_split(tmp_path, prepare, error_of, sources):
 
 
 def test_a_long_recording_goes_through_in_little_memory(tmp_path):
-    """Twelve minutes take no more than two do, and less than its samples do."""
+    """Eight minutes take no more than two do, and less than its samples do."""
     peaks = []
-    for minutes in (2, 12):
+    for minutes in (2, 8):
         path, out = tmp_path / f"{minutes}" / "a.flac", tmp_path / f"out-{minutes}"
         path.parent.mkdir()
         with soundfile.SoundFile(path, "w", RATE, 1) as file:
@@ -366,14 +349,14 @@ def test_a_long_recording_goes_through_in_little_memory(tmp_path):
                 file.write(np.tile(SPEECH["84-1-0000"][:8000], 120))
         code = "import prepare_data, resource, sys; prepare_data.main(sys.argv[1:]); "
         code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        argv = ["--audio", path, "--save_dir", out, "--num_workers", 1]
-        argv += ["--cmvn", "utterance", "--long_utterances", "split"]
+        options = ["--cmvn", "utterance", "--long_utterances", "split"]
+        argv = arguments(path.parent, out, *options, max_seq_len=1600)
         command = [sys.executable, "-c", code, *map(str, argv)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         peaks.append(int(done.stdout.split()[-1]) << 10)
         lengths = pickle.loads((out / "lengths.pkl").read_bytes())
         assert sum(lengths.values()) == minutes * 6000 - 2 and "a_00001.pt" in lengths
-    assert peaks[1] - peaks[0] < 10e6 < 12 * 60 * RATE * 2
+    assert peaks[1] - peaks[0] < 10e6 < 8 * 60 * RATE * 2
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -382,17 +365,14 @@ def test_a_long_recording_goes_through_in_little_memory(tmp_path):
 def test_bad_flags(tmp_path, run, call_main, sources):
     for source, *options in [
         ("ark", "--max_seq_len", "0"),
-        ("ark", "--num_workers", "0"),
-        *[("ark", f"--{name}") for name in ("resample", "ids_from_paths")],
+        ("ark", "--resample"),
         ("ark", "--channel", 0),
-        ("ark", "--pattern", "*.wav"),
         ("ark", "--num_mel_bins", 40),
         ("wav", "--channel", "-1"),
         ("ark", "--utt2spk", "utt2spk"),
         ("wav", "--utt2spk", "utt2spk", "--cmvn", "utterance"),
         ("wav", "--librispeech_from_kaldi", sources["ark"]),
         *[("wav", "--dither", value) for value in ("-1", "nan", "inf")],
-        ("wav", "--sample_rate", "0"),
         ("ark", "--norm_vars"),
         ("wav", "--norm_vars", "--cmvn", "none"),
         ("ark", "--as_s3prl"),
@@ -406,26 +386,21 @@ def test_bad_flags(tmp_path, run, call_main, sources):
     assert "--kaldi" in message and "--audio is required" in message
 
 
-def test_bad_features_are_rejected_by_line_and_utterance(tmp_path, error_of):
+def test_utterances_that_do_not_fit_together_are_rejected(tmp_path, error_of):
     ark, scp = tmp_path / "feats.ark", tmp_path / "feats.scp"
     matrices = {"utA": np.ones((3, 2), np.float32), "utB": np.ones((3, 3), np.float32)}
     kaldiio.save_ark(str(ark), matrices, scp=str(scp))
-    first, num_workers = scp.read_text().split("\n")[0], itertools.cycle((1, 3))
+    first = scp.read_text().split("\n")[0]
     for name, content, reason in [
         ("a.txt", "utA\n1 2\n.\nutB\n1 2\n.\nutA\n3 4\n.\n", "a.txt:7: utterance utA: .*twice"),
         ("b.txt", "utA\n1 2 3\n.\nutB\n1 2\n.\n", "b.txt:4: utterance utB: .* 3 .*found 2"),
-        ("c.txt", "utA\n" + "1 2\n" * 70 + "1 x\n.\n", "c.txt:72: utterance utA: "),
-        ("d.txt", "utA\n1 2\n.\n../utB\n1 2\n.\n", "d.txt:4: .*'../utB'"),
-        ("e.ark", ark.read_bytes(), r"e.ark: byte \d+: utterance utB: .* 2 .*found 3"),
-        ("f.ark", ark.read_bytes()[:-1], r"f.ark: byte \d+: utterance utB: .*truncated"),
-        ("g.scp", scp.read_text(), "g.scp:2: utterance utB: .* 2 .*found 3"),
-        ("h.scp", f"{first}\n{first}\n", "h.scp:2: utterance utA: .*twice"),
+        ("c.ark", ark.read_bytes(), "c.ark: utterance utB: .* 2 .*found 3"),
+        ("d.scp", f"{first}\n{first}\n", "d.scp:2: utterance utA: .*twice"),
     ]:
         source = write(tmp_path / name, content)
-        message = error_of(source, tmp_path / "out", num_workers=next(num_workers))
+        message = error_of(source, tmp_path / "out")
         assert re.search(reason, message), message
         assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "utB.pt").exists(), "an id left the folder"
 
 
 def test_bad_matrices_are_rejected_or_skipped(tmp_path, prepare, error_of):
@@ -434,11 +409,8 @@ def test_bad_matrices_are_rejected_or_skipped(tmp_path, prepare, error_of):
     bad = {"empty": np.zeros((0, 80), np.float32), "nan": np.full((3, 80), np.nan, np.float32)}
     mixed = {FEW[0]: good[FEW[0]], **bad, FEW[1]: good[FEW[1]], FEW[2]: good[FEW[2]]}
     kaldiio.save_ark(str(tmp_path / "a.ark"), mixed, scp=str(tmp_path / "a.scp"))
-    kaldiio.save_ark(str(tmp_path / "text.ark"), mixed, text=True)
-    text = (tmp_path / "text.ark").read_text()
-    write(tmp_path / "text.ark", re.sub(r"empty .*\n", "empty  [\n]\n", text))
     write(tmp_path / "dump", dump(mixed))
-    for name in ("a.ark", "a.scp", "text.ark", "dump"):
+    for name in ("a.ark", "a.scp", "dump"):
         out = tmp_path / f"{name}-out"
         message = error_of(tmp_path / name, out)
         assert "utterance empty: " in message and "--skip_bad skips such" in message
@@ -446,70 +418,50 @@ def test_bad_matrices_are_rejected_or_skipped(tmp_path, prepare, error_of):
         assert "3 utterances" in printed and "skipped utterances: 2, listed in" in printed
         assert_holds(out, good, others=["skipped.txt"], atol=1e-5)
         lines = (out / "skipped.txt").read_text().splitlines()
-        assert len(lines) == 2
-        assert "utterance empty: " in lines[0] and "utterance nan: " in lines[1]
+        assert [re.search(r"utterance (\w+): ", line)[1] for line in lines] == ["empty", "nan"]
     cut = write(tmp_path / "cut.ark", (tmp_path / "a.ark").read_bytes()[:-1])
     assert "truncated" in error_of(cut, tmp_path / "out", "--skip_bad")
 
 
-def spoil(folder):
-    """Write audio files that cannot be used -> {file name: what is wrong with it}."""
-    folder.mkdir()
-    soundfile.write(folder / "cut.flac", SPEECH["84-1-0000"], RATE)
-    os.truncate(folder / "cut.flac", 5000)
-    soundfile.write(folder / "rate.wav", SPEECH["84-1-0000"], 8000)
-    soundfile.write(folder / "stereo.wav", np.ones((9000, 2), np.int16), RATE)
-    soundfile.write(folder / "short.wav", np.ones(399, np.int16), RATE)
-    soundfile.write(folder / "nan.wav", np.full(900, np.nan), RATE, subtype="FLOAT")
-    write(folder / "text.wav", "no sound at all\n" * 40)
-    (folder / "link.wav").symlink_to("nowhere.wav")
-    return {
+def test_bad_audio_is_rejected_by_name_or_skipped(tmp_path, prepare, error_of):
+    source, out, bad = save_speech(tmp_path / "in"), tmp_path / "out", tmp_path / "in" / "bad"
+    whole = normalised(FRAMES, GROUPS["speaker"])
+    write(source / ".hidden" / "x.wav", b"")
+    bad.mkdir()
+    soundfile.write(bad / "cut.flac", SPEECH["84-1-0000"], RATE)
+    os.truncate(bad / "cut.flac", 5000)
+    soundfile.write(bad / "rate.wav", SPEECH["84-1-0000"], 8000)
+    soundfile.write(bad / "short.wav", np.ones(399, np.int16), RATE)
+    (bad / "link.wav").symlink_to("nowhere.wav")
+    reasons = {
         "cut.flac": "decoded",
         "rate.wav": "8000 .*16000 .*--resample",
-        "stereo.wav": "2 channels.*--channel",
         "short.wav": "399 samples.*400",
-        "nan.wav": "NaN",
-        "text.wav": "decoded",
         "link.wav": "No such file",
     }
-
-
-def test_bad_audio_is_rejected_by_name_or_skipped(tmp_path, prepare, error_of):
-    source, out = save_speech(tmp_path / "in"), tmp_path / "out"
-    bad = spoil(tmp_path / "in" / ".bad")  # hidden: not looked into
-    (source / "sub").mkdir()
-    others = ("prepared.json", "skipped.txt", "left_out.txt")
-    for name, reason in bad.items():
-        (source / ".bad" / name).rename(source / "sub" / name)
-        message = error_of(source, out)
-        assert f"sub/{name}" in message and re.search(f"{reason}.*--skip_bad", message), message
-        (source / "sub" / name).rename(source / ".bad" / name)
-    prepare(source, out, "--skip_bad")  # there is nothing to skip
-    assert_holds(out, normalised(FRAMES, GROUPS["speaker"]), atol=1e-5, others=["left_out.txt"])
-    assert (out / "left_out.txt").read_text() == f"{source}/.bad: hidden\n"
-    whole = contents(out, *others)
-
-    (source / ".bad").rename(source / "bad")
-    printed = prepare(source, out, "--skip_bad", "--overwrite", num_workers=3)
-    assert f"skipped utterances: {len(bad)}, listed in skipped.txt" in printed
+    for name, reason in reasons.items():
+        message = error_of(source, out, "--pattern", f"bad/{name}")
+        assert f"bad/{name}" in message and re.search(f"{reason}.*--skip_bad", message), message
+    printed = prepare(source, out, "--skip_bad", num_workers=3)
+    assert "skipped utterances: 4, listed in skipped.txt" in printed
+    assert "ignored files (1 hidden): 1, listed in left_out.txt" in printed
+    assert (out / "left_out.txt").read_text() == f"{source}/.hidden: hidden\n"
     lines = (out / "skipped.txt").read_text().splitlines()
-    assert len(lines) == len(bad)
-    for name, reason in bad.items():
-        (line,) = [line for line in lines if f"bad/{name}" in line]
-        assert re.search(reason, line), line
+    assert len(lines) == 4
+    for name, reason in reasons.items():
+        assert any(re.search(f"bad/{name}: .*{reason}", line) for line in lines), name
     # The rest is as if there had been nothing else: no bad file is in any statistics.
-    assert contents(out, *others) == whole
-    # A good file is never dropped for its name.
-    write(source / "bad" / "103-4-0000.flac", b"")
+    assert_holds(out, whole, atol=1e-5, others=["left_out.txt", "skipped.txt"])
+    # A good file is never dropped for its name, and no dataset is made of nothing.
+    write(bad / "103-4-0000.flac", b"")
     assert "two files" in error_of(source, tmp_path / "twice", "--skip_bad")
-    # If nothing is left, that is an error.
-    message = error_of(source / "bad", tmp_path / "none", "--cmvn", "none", "--skip_bad")
+    message = error_of(bad, tmp_path / "none", "--cmvn", "none", "--skip_bad")
     assert "every utterance was skipped" in message
 
 
 def test_a_data_directory_with_bad_segments(tmp_path, prepare, error_of, sources):
     source, out = tmp_path / "in", tmp_path / "out"
-    write(source / "wav.scp", f"rec {sources['wav']}/84/84-1-0001.wav\n")
+    write(source / "wav.scp", f"rec {sources['wav']}/84/1/84-1-0001.wav\n")
     write(source / "segments", "a rec 0 1\nb rec 1 0\nc rec 1.0 1.01\nd rec 7 8\n")
     assert "segments:2: utterance b: " in error_of(source, out, "--cmvn", "none")
     prepare(source, out, "--cmvn", "none", "--skip_bad")
@@ -519,16 +471,15 @@ def test_a_data_directory_with_bad_segments(tmp_path, prepare, error_of, sources
     assert [re.search(r"utterance (\w)", line)[1] for line in lines] == ["b", "c", "d"]
 
 
-@pytest.mark.parametrize("options", [[], ["--skip_bad"]])
-def test_wavs_of_another_length_than_stated_are_read_and_listed(tmp_path, run, options):
+def test_wavs_of_another_length_than_stated_are_read_and_listed(tmp_path, run):
     """Recorders write headers of a few hundred bytes too much, or only once at the start."""
     source, out = save_speech(tmp_path / "in"), tmp_path / "out"
-    paths = [source / utt.split("-")[0] / f"{utt}.wav" for utt in SPEECH]
+    paths = [source / "103" / "4" / f"103-4-000{number}.wav" for number in (0, 1)]
     for path, change in zip(paths, (726, -5000)):
         content = path.read_bytes()
         stated = len(content) - 44 + change
         path.write_bytes(content[:40] + stated.to_bytes(4, "little") + content[44:])
-    done = run(source, out, "--cmvn", "none", *options, num_workers=2)
+    done = run(source, out, "--cmvn", "none", num_workers=2)
     assert done.returncode == 0, done.stderr
     lines = (out / "truncated.txt").read_text().splitlines()
     assert [f"WARNING: {line}" for line in lines] == re.findall("WARNING.*", done.stderr)
@@ -576,7 +527,7 @@ def test_a_finished_dataset_is_replaced_only_with_overwrite(tmp_path, prepare, e
     assert_holds(out, {utt: FRAMES[utt] for utt in FEW}, 9)
 
 
-@pytest.mark.parametrize("name", ["model.pt", "84-1-0000.npy", "features.json", "sub/notes.txt"])
+@pytest.mark.parametrize("name", ["model.pt", "features.json", "sub/notes.txt"])
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_what_is_not_of_a_dataset_is_never_deleted(
     tmp_path, prepare, error_of, sources, name, is_finished
@@ -595,19 +546,10 @@ def test_what_is_not_of_a_dataset_is_never_deleted(
 def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path, prepare, sources):
     (tmp_path / "disk" / "out").mkdir(parents=True)
     (tmp_path / "link").symlink_to("disk/out")
-    write(tmp_path / "disk" / "out" / ".DS_Store", "")
     for options in ([], ["--overwrite"]):
         prepare(sources["few_scp"], tmp_path / "link", *options)
         assert (tmp_path / "link").is_symlink()
         assert_holds(tmp_path / "disk" / "out", {utt: FRAMES[utt] for utt in FEW})
-
-
-def test_what_an_interrupted_run_left_is_replaced(tmp_path, prepare, sources):
-    out = tmp_path / "out"
-    write(tmp_path / "out.partial" / "stale.pt", "half")
-    write(tmp_path / "out.partial" / ".lock", "")
-    prepare(sources["few_scp"], out)
-    assert_holds(out, {utt: FRAMES[utt] for utt in FEW})
 
 
 @pytest.fixture
@@ -649,10 +591,8 @@ def test_workers_end_with_the_main_process(endless, prepare, sources, signum):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         pytest.skip("these tests run where Ctrl-C is ignored")
     process, out = endless
-    if signum == signal.SIGKILL:
-        os.kill(process.pid, signum)
-    else:  # Ctrl-C goes to all
-        os.killpg(process.pid, signum)
+    send = os.kill if signum == signal.SIGKILL else os.killpg  # Ctrl-C goes to all
+    send(process.pid, signum)
     assert process.wait(30) == (130 if signum == signal.SIGINT else -signum)
     end = time.monotonic() + 10
     with pytest.raises(ProcessLookupError):  # until the last of its group is gone
@@ -696,13 +636,8 @@ if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     prepare_data.main()
 """
-    script = write(tmp_path / "script.py", code)
-    for name in ("few", "few_scp"):
-        out = tmp_path / name
-        argv = [sys.executable, script, *arguments(sources[name], out, num_workers=2)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            list(map(str, argv)), capture_output=True, text=True, env=env, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert len(read_folder(out)) == len(FEW)
+    script, out = write(tmp_path / "script.py", code), tmp_path / "out"
+    argv = [sys.executable, script, *arguments(sources["few"], out, num_workers=2)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(list(map(str, argv)), env=env, check=True)
+    assert len(read_folder(out)) == len(FEW)
