@@ -363,7 +363,9 @@ def read_scp_line(
     try:
         with open(path, "rb") as file:
             file.seek(int(offset or 0))
-            frames = read_matrix(file, name)
+            is_binary = file.read(2) == b"\0B"
+            file.seek(int(offset or 0))
+            frames = (read_matrix if is_binary else read_text_matrix)(file, name)
     except OSError as error:
         raise UserError(
             f"{name}: {error.strerror} (relative paths start from the current directory)"
@@ -375,6 +377,19 @@ def read_scp_line(
             raise UserError(f"{name}: expected rows {first} to {last}, found {len(frames)} rows")
         frames = frames[rows.start : rows.stop]
     return check_frames(utt_id, frames, where)
+
+
+def read_text_matrix(file: BinaryIO, where: str) -> np.ndarray:
+    """A text archive's matrix, " [ ... ]", at a file's position -> (T, D)."""
+    text = b""
+    while b"]" not in text and (new := file.read(1 << 16)):
+        text += new
+    found = re.match(rb"\s*\[([^\[\]]*)\]", text)
+    if not found:
+        raise UserError(f"{where}: expected a matrix, binary or in brackets, found {quote(text)}")
+    body = found[1].strip()
+    frames = _parse_fast(body)
+    return _parse_slowly(body, lambda row: f"{where}: frame {row}") if frames is None else frames
 
 
 # Kaldi's tables -----------------------------------------------------------------------------------

@@ -206,10 +206,11 @@ def test_scp(tmp_path, monkeypatch):
     assert_same(read(write(tmp_path / "r.scp", text.replace(f"{folder}/", ""))), shuffled)
 
 
-def test_rows_of_an_archive_in_an_scp(tmp_path):
+@pytest.mark.parametrize("is_text", [False, True])
+def test_rows_of_an_archive_in_an_scp(tmp_path, is_text):
     """As copy-feats reads them: both ends of a range are in it; it may end a little late."""
     frames, path, scp = exact(20), tmp_path / "a.ark", tmp_path / "feats.scp"
-    kaldiio.save_ark(str(path), {"one": exact(4), "two": frames})
+    kaldiio.save_ark(str(path), {"one": exact(4), "two": frames}, text=is_text)
     place = f"{path}:{path.read_bytes().index(b'two ') + 4}"
     for rows, expected in [
         ("", frames),
@@ -223,10 +224,20 @@ def test_rows_of_an_archive_in_an_scp(tmp_path):
         assert re.search(f"scp:1: utterance utX: .*rows {first} to {last}, found 20 rows", message)
 
 
-def test_an_scp_of_a_text_archive_is_rejected(tmp_path):
-    path = write(tmp_path / "text.ark", copy_feats_text(SMALL))
-    message = error_of(write(tmp_path / "feats.scp", f"utX {path}:4\n"))
-    assert re.match(r"feats\.scp:1: utterance utX: .* not a binary matrix", message)
+def test_what_is_no_matrix_in_an_scp(tmp_path):
+    text, scp = tmp_path / "text.ark", tmp_path / "feats.scp"
+    write(scp, f"utX {text}\n")
+    for content, reason in [
+        ("x 1 2\n", "in brackets"),
+        (" [\n" + "1 2\n" * 50000, "in brackets"),  # without its end
+        (" [ 1 2\n 3 ]", "frame 1: expected 2 values"),
+        (" [ 1 b ]", "expected numbers, found 'b'"),
+    ]:
+        write(text, content)
+        message = error_of(scp)
+        assert "utterance utX" in message and reason in message
+    write(text, " [\n" + "1 2\n" * 50000 + "]\n")
+    assert len(read(scp)[0][1]) == 50000
 
 
 # Bad text -----------------------------------------------------------------------------------------
