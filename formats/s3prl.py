@@ -28,16 +28,11 @@ FBANK_NAMES = {
     "frame_length": "frame_length_ms",
     "frame_shift": "frame_shift_ms",
     "preemphasis_coefficient": "preemph_coeff",
-    "blackman_coeff": "blackman_coeff",
-    "dither": "dither",
-    "low_freq": "low_freq",
-    "high_freq": "high_freq",
-    "remove_dc_offset": "remove_dc_offset",
-    "round_to_power_of_two": "round_to_power_of_two",
-    "snip_edges": "snip_edges",
-    "use_log_fbank": "use_log_fbank",
-    "use_power": "use_power",
 }
+SAME_NAMES = (
+    *("blackman_coeff", "dither", "low_freq", "high_freq", "remove_dc_offset", "snip_edges"),
+    *("round_to_power_of_two", "use_log_fbank", "use_power"),
+)
 
 
 class QuantizedPostnet(Postnet):
@@ -55,15 +50,13 @@ class QuantizedPostnet(Postnet):
 
 
 def rename(weights: dict, prefixes: dict[str, str]) -> dict:
-    """Replace the first of `prefixes` with which a weight's name starts."""
-    renamed = {}
-    for name, weight in weights.items():
-        for old, new in prefixes.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        renamed[name] = weight
-    return renamed
+    """Replace the prefixes of the weights' names: {old: new}."""
+    for old, new in prefixes.items():
+        weights = {
+            new + name.removeprefix(old) if name.startswith(old) else name: weight
+            for name, weight in weights.items()
+        }
+    return weights
 
 
 def rename_s3prl(weights: dict, path: str) -> dict[str, Tensor]:
@@ -98,17 +91,21 @@ def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor
     try:
         sound, paras = dict(config["data"]["audio"]), config["model"]["paras"]
         flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
-        flags["residual_first"] = False  # its residual connections never reach the first layer
         feat_type = sound.pop("feat_type")
         if feat_type != "fbank":
             raise UserError(f"{path}: its features are {feat_type!r}, expected 'fbank'")
+        if flags["rnn_residual"] and paras["hidden_size"] == sound["feat_dim"]:
+            # There, residual connections never reach the first layer.
+            raise UserError(
+                f"{path}: residual with hidden size = mel_dim is another model in s3prl"
+            )
         sound.pop("decode_wav", None)
         cmvn = "utterance" if sound.pop("cmvn", True) else "none"
         fbank = {"num_mel_bins": int(sound["feat_dim"])} | S3PRL_FBANK
         for name, value in sound.items():
-            if name not in FBANK_NAMES:
+            if name not in FBANK_NAMES and name not in SAME_NAMES:
                 raise UserError(f"{path}: its audio setting {name} is not supported")
-            fbank[FBANK_NAMES[name]] = value
+            fbank[FBANK_NAMES.get(name, name)] = value
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -31,7 +31,7 @@ from apc_model import APCModel
 from formats import audio
 from formats.fbank import CMVN_KINDS, fbank_settings
 from formats.fbank import fbank as compute_fbank
-from load_pretrained import FeatureExtractor, choose_layers, parse_layer
+from load_pretrained import FeatureExtractor, layer_chooser
 from utils import PrenetConfig, RNNConfig, UserError, lock_folder
 
 SCRIPT = "extract_features.py"
@@ -198,11 +198,11 @@ def test_layers_are_numbered_from_0_and_a_prenets_output_is_named():
     chosen = {"last": three, "mean": (zero + one + two + three) / 4, "all": reps, "0": zero}
     chosen |= {"3,1,2,0": torch.stack([three, one, two, zero])}
     for name, expected in chosen.items():
-        got = choose_layers(reps, parse_layer(name, model))
+        got = layer_chooser(name, model)(reps)
         assert got.shape == expected.shape and torch.allclose(got, expected), name
     for name in ("4", "top", "", "1.5", "-1", "0,", "0,,1", "0,4", "mean,0", "9" * 5000):
         with pytest.raises(UserError, match=r"last, all, mean, 0 \(the prenet's output\), 1, 2,"):
-            parse_layer(name, model)
+            layer_chooser(name, model)
 
 
 def test_formats_hold_the_same_values(features, folder, model, whole):
