@@ -511,7 +511,7 @@ def convert(model: APCModel, args: argparse.Namespace) -> None:
         files.append((args.to_onnx, write_bytes, to_onnx(model, about)))
     if args.to_state_dict:
         folder, name = os.path.split(args.to_state_dict)
-        config |= {"state_dict": name, "version": __version__}
+        config = config | {"state_dict": name, "version": __version__}
         if data:  # with every option in force
             config["data"] = [data, *config["data"][1:]]
         files.append((args.to_state_dict, save, model.state_dict()))
