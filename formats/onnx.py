@@ -11,7 +11,6 @@ another package and, as of torch 2.13, writes the T of its example into the outp
 """
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -107,8 +106,12 @@ def network(model: APCModel) -> tuple[list[str], list[str], dict[str, np.ndarray
     if model.rnn_type == "gru":
         options += ", linear_before_reset = 1"  # as in PyTorch
     for i, rnn in enumerate(model.rnns):
-        weights = {f"{name}{i}": weight for name, weight in rnn_weights(rnn, model.rnn_type)}
-        tensors |= weights
+        w, r, *biases = (  # (gates * H, ...) each
+            weight.detach().unflatten(0, (-1, rnn.hidden_size))[GATES[model.rnn_type]].flatten(0, 1)
+            for weight in (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
+        )
+        weights = {f"w{i}": w, f"r{i}": r, f"b{i}": torch.cat(biases)}
+        tensors |= {name: weight[None].numpy() for name, weight in weights.items()}
         states = [f"{name}{i}" for name in STATES[model.rnn_type]]
         lines += [
             f"y{i}, {', '.join(f'new_{name}' for name in states)} = {model.rnn_type.upper()} "
@@ -123,17 +126,6 @@ def network(model: APCModel) -> tuple[list[str], list[str], dict[str, np.ndarray
         x = outputs
     linear("postnet", model.postnet.layer, x)
     return lines, reps, tensors
-
-
-def rnn_weights(rnn: torch.nn.GRU | torch.nn.LSTM, rnn_type: str) -> Iterator[tuple]:
-    """Yield a layer's (name, array (1, gates * H, ...)) in ONNX's order of gates."""
-    parts = [
-        weight.detach().unflatten(0, (-1, rnn.hidden_size))[GATES[rnn_type]].flatten(0, 1)
-        for weight in (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
-    ]
-    yield "w", parts[0][None].numpy()
-    yield "r", parts[1][None].numpy()
-    yield "b", torch.cat(parts[2:])[None].numpy()
 
 
 @torch.inference_mode()
