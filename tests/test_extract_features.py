@@ -280,9 +280,8 @@ def test_numerical_flags_are_those_of_training(tmp_path, extract, folder, model,
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu(features, folder, model):
-    got = features(model[0], folder[0], "--device", "cuda")
-    assert {value.device.type for value in got.values()} == {"cpu"}
-    assert_close(got, last_layer(model[1], folder[1]), 1e-4)  # other kernels
+    got = features(model[0], folder[0], "--device", "cuda")  # other kernels
+    assert_close(got, last_layer(model[1], folder[1]), 1e-4)
 
 
 # Rejections ---------------------------------------------------------------------------------------
@@ -312,31 +311,19 @@ def test_what_is_rejected_leaves_nothing(tmp_path, extract, folder, model):
     checkpoint, data, out = model[0], tmp_path / "data", tmp_path / "out"
     shutil.copytree(folder[0], data)
     shutil.copy(checkpoint, tmp_path / "bare.model")
-    (tmp_path / "occupied").write_text("mine")
-    (tmp_path / "splits" / "dev-clean" / "84").mkdir(parents=True)
-    write_sound(tmp_path / "splits" / "dev-clean" / "84" / "84-1.wav", speech(0.5))
     make_folder(tmp_path / "larger", FRAMES, MEL + 4)
     write_folder(tmp_path / "spaced", [5], prefix="a\u00a0b")
-    write_model(tmp_path / "80" / "foo.model", mel=80)
-    device = "mps" if torch.cuda.is_available() else "cuda"
-    rows = [
+    before = snapshot(tmp_path)
+    for args, words in [
         ((tmp_path / "nowhere.model", data, out), ["nowhere.model"]),
+        ((tmp_path / "bare.model", data, out), ["--residual", "--no_residual"]),
         ((checkpoint, tmp_path / "no-data", out), ["no-data"]),
         ((checkpoint, tmp_path / "larger", out), ["larger", f"is {MEL + 4}", f"reads {MEL}"]),
         ((checkpoint, tmp_path / "spaced", out, "--format", "ark"), ["a\\xa0b-000", "spaces"]),
-        ((tmp_path / "bare.model", data, out), ["--residual", "--no_residual"]),
-        (
-            (checkpoint, data, out, "--layer", 4),
-            ["--layer 4", "mean, 0 (the prenet's output), 1, 2, 3,"],
-        ),
-        ((checkpoint, data, out, "--device", device), [f"--device {device}"]),
-        ((checkpoint, data, tmp_path / "occupied"), ["occupied"]),
+        ((checkpoint, data, out, "--layer", 4), ["--layer 4", "0 (the prenet's output), 1, 2, 3,"]),
+        ((checkpoint, data, out, "--device", "mps"), ["--device mps"]),
         ((checkpoint, data, data, "--resume"), [data, "prepared dataset"]),  # with the same names
-        ((checkpoint, "", out, "--audio"), ["no such file"]),
-        ((tmp_path / "80" / "foo.model", tmp_path / "splits", out, "--audio"), ["dev-clean"]),
-    ]
-    before = snapshot(tmp_path)
-    for args, words in rows:
+    ]:
         rejected(extract(*args), *words)
         assert snapshot(tmp_path) == before and not out.exists(), args
 
@@ -590,16 +577,15 @@ def test_audio_that_is_rejected_leaves_nothing(tmp_path, extract, recordings, tr
     checkpoint, out, table = trained["speaker"][0], tmp_path / "out", tmp_path / "utt2spk"
     flat = write_sound(tmp_path / "flat" / "a.wav", speech(0.5)).parent
     fast = write_sound(tmp_path / "fast.wav", np.zeros((9000, 2)), 48000)
-    (bad := tmp_path / "bad.wav").write_text("no audio")
+    write_sound(tmp_path / "splits" / "dev-clean" / "84" / "84-1.wav", speech(0.5))
     table.write_text("84-121-0000 a\n")
-    write_model(tmp_path / "narrow.model", mel=40)
     for args, words in [
+        ((checkpoint, "", out), ["no such file"]),
         ((checkpoint, flat, out), [flat, "--utt2spk"]),
         ((checkpoint, fast, out), [fast, "--resample", "--channel"]),
-        ((checkpoint, bad, out), [bad]),
+        ((checkpoint, tmp_path / "splits", out), ["dev-clean", "--utt2spk"]),
         ((checkpoint, recordings, out, "--utt2spk", table), ["1272-5-0000"]),
         ((trained["none"][0], recordings, out, "--utt2spk", table), [table, "--cmvn none"]),
-        ((tmp_path / "narrow.model", recordings, out), ["is 80", "reads 40"]),
     ]:
         result = extract(*args, "--audio")
         rejected(result, *words)
@@ -669,13 +655,9 @@ def test_several_processes_share_the_work_and_write_the_features_of_one(
     argv = flags(trained["speaker"][0], recordings, out, "--audio", "--load_data_workers", 1)
     argv += ["--format", "ark", "--batch_size", 4]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(ROOT / SCRIPT), *map(str, argv)],
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / SCRIPT), *map(str, argv)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     lines = succeeded(done).stdout.splitlines()
     assert [line for line in lines if "features of" in line] == [lines[-1]]
     assert "features of 4 utterances written" in lines[-1]
