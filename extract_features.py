@@ -378,8 +378,7 @@ def extract(
             yield utt_id, features[..., i, :length, :].clone()
     (source,) = dataset.datasets
     for i in long:
-        chunks = source.read_chunks(i)
-        yield dataset.ids[i], features_of(model, chunks, int(dataset.num_frames[i]), choose)
+        yield dataset.ids[i], features_of(model, source.read_chunks(i), choose)
 
 
 def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:

@@ -319,32 +319,25 @@ def check_length(model: APCModel, utt_id: str, num_frames: int) -> None:
 
 @torch.inference_mode()
 def features_of(
-    model: APCModel,
-    chunks: Iterable[Tensor],
-    num_frames: int,
-    choose: Callable[[Tensor], Tensor],
+    model: APCModel, chunks: Iterable[Tensor], choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """One utterance of any length -> its features ((layers,) T, H), on the CPU.
 
     Args:
         model: in eval mode.
-        chunks: the utterance's log-Mel frames, some of them (t, D) at a time.
-        num_frames: T. A GRU or LSTM takes the chunks one by one, in memory that does not grow.
+        chunks: the utterance's log-Mel frames, some of them (t, D) at a time. A GRU or LSTM takes
+            them one by one, so that only the features grow with the utterance.
         choose: layer_chooser().
     """
     device = next(model.parameters()).device
     if model.rnn_type == "transformer":
         inputs = torch.cat([*chunks])[None].to(device)
-        return choose(model(inputs, [num_frames])[1])[..., 0, :, :].cpu()
-    features, state, done = None, None, 0
+        return choose(model(inputs, [inputs.size(1)])[1])[..., 0, :, :].cpu()
+    features, state = [], None
     for chunk in chunks:
         _, internal_reps, state = model.stream(chunk[None].to(device), state)
-        new = choose(internal_reps)[..., 0, :, :].cpu()  # ((layers,) t, H)
-        if features is None:
-            features = new.new_empty(*new.shape[:-2], num_frames, new.shape[-1])
-        features[..., done : done + len(chunk), :] = new
-        done += len(chunk)
-    return features
+        features.append(choose(internal_reps)[..., 0, :, :].cpu())  # ((layers,) t, H)
+    return torch.cat(features, dim=-2)
 
 
 class FeatureExtractor:
@@ -415,7 +408,7 @@ class FeatureExtractor:
             self.longest = len(frames)
         stats = cmvn_stats(frames) if self.stats is None else self.stats
         frames = torch.from_numpy(self.cmvn.apply(frames, stats))
-        return features_of(self.model, frames.split(4096), len(frames), self.choose)
+        return features_of(self.model, frames.split(4096), self.choose)
 
     def _check(self, samples, rate):
         """The caller's samples -> float32 in 16-bit range, at the model's sampling rate."""
@@ -426,14 +419,14 @@ class FeatureExtractor:
             raise UserError("samples: expected int16, or floating-point values in [-1, 1]")
         if samples.ndim != 1:
             raise UserError(f"samples: expected one channel (N,), found {samples.shape}")
-        if rate != expected and not (rate and self.resample):
+        samples = samples.astype(np.float32)
+        if rate == expected:
+            return samples
+        if not (rate and self.resample):
             raise UserError(
                 f"samples: expected a sampling rate of {expected:g} Hz, found {rate} "
                 "(resample=True converts others)"
             )
-        samples = samples.astype(np.float32)
-        if rate == expected:
-            return samples
         return np.concatenate([*self.audio.resample_blocks([samples], rate, expected)])
 
 
