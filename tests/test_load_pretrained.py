@@ -78,10 +78,7 @@ def rejection(path, **kw):
         ("1 GRU no none 16 11", {"layers": 1}),
         ("3 GRU yes none 11 11", {"hidden": MEL, "residual": True}),  # the first layer is, too
         ("1 LSTM no none 11 11", {"rnn_type": "lstm", "layers": 1, "hidden": MEL}),
-        (
-            "2 LSTM yes 3 16 11",
-            {"rnn_type": "lstm", "layers": 2, "prenet_layers": 3, "residual": 1},
-        ),
+        ("3 LSTM yes 2 16 11", {"rnn_type": "lstm", "prenet_layers": 2, "residual": True}),
         ("11 GRU no 1 4 11", {"layers": 11, "hidden": 4, "prenet_layers": 1}),  # rnns.10: the last
     ],
     ids=str,

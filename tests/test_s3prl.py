@@ -10,16 +10,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, speech
+from conftest import error_line, same, speech
 from test_audio import write
 from test_fbank import PREPARED, reference_fbank
 from test_load_pretrained import assert_same_outputs, save_model, snapshot
 from torch import nn
 
-import extract_features
 import load_pretrained as script
 import prepare_data
-from load_pretrained import load_pretrained
+from load_pretrained import FeatureExtractor, load_pretrained
 
 MEL, HIDDEN, LAYERS = 12, 16, 3
 PARAS = {"num_layers": LAYERS, "hidden_size": HIDDEN, "dropout": 0.1, "residual": True}
@@ -142,9 +141,7 @@ def s3prl_file(path, paras=None, sound=None, edit=lambda content: None):
         "model": dict(model.state_dict()),
         "Optimizer": {"state": {0: {"step": torch.tensor(1000.0)}}, "param_groups": [{"lr": 1e-4}]},
         "Step": 1000,
-        "Args": argparse.Namespace(
-            mode=None, pair=(1, 2), nested=argparse.Namespace(device="cuda")
-        ),
+        "Args": argparse.Namespace(pair=(1, 2), nested=argparse.Namespace(device="cuda")),
     }
     edit(content)
     torch.save(content, path)
@@ -196,19 +193,6 @@ def convert(call_main):
 def reject(call_main):
     """load_pretrained.py -> the line with which it ends; warnings may precede it."""
     return lambda *argv: error_line(call_main(script, *argv), "load_pretrained.py")
-
-
-@pytest.fixture
-def extract(monkeypatch, call_main):
-    """extract_features.py --audio, of a.wav -> (features, warnings)."""
-    monkeypatch.setattr(extract_features, "num_cores", lambda: 1)
-
-    def run(checkpoint, wav, save_dir):
-        argv = ["--checkpoint", checkpoint, "--audio", wav, "--save_dir", save_dir]
-        warnings = warnings_of(call_main(extract_features, *argv, "--load_data_workers", 0))
-        return torch.load(save_dir / "a.pt", weights_only=True), warnings
-
-    return run
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -265,12 +249,11 @@ def test_loaded_model_is_s3prls(tmp_path, paras):
     ],
     ids=str,
 )
-def test_audio_to_features_as_s3prl_does(tmp_path, extract, sound):
+def test_audio_to_features_as_s3prl_does(tmp_path, caplog, sound):
     sound = SOUND | {"feat_dim": 40} | sound
     theirs = s3prl_file(tmp_path / "apc.ckpt", sound=sound)
-    wav = write(tmp_path / "a.wav", SAMPLES)
-    got, warnings = extract(tmp_path / "apc.ckpt", wav, tmp_path / "features")
-    assert not warnings, "the file says how its features are made"
+    got = FeatureExtractor(tmp_path / "apc.ckpt")(write(tmp_path / "a.wav", SAMPLES))
+    assert not caplog.records, "the file says how its features are made"
     _, expected = s3prl_outputs(theirs, sound, SAMPLES)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -377,8 +360,8 @@ def test_round_trip(tmp_path, convert, monkeypatch, shape):
     assert paras.keys() == PARAS.keys() and paras["dropout"] == 0.2
 
     for path in ("foo.ckpt", "foo.pt"):
-        model, weights = load_pretrained(path), reference.state_dict()
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        model = load_pretrained(path)
+        assert same(model.state_dict(), reference.state_dict())
         assert model.rnn_residual is reference.residual
 
 
@@ -390,11 +373,10 @@ def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
     assert not convert(tmp_path / "apc.ckpt", "--to_state_dict", tmp_path / "bare" / "apc.pt")
     for path in (tmp_path / "apc.ckpt", tmp_path / "bare" / "apc.pt"):
         assert not convert(path, "--to_s3prl", f"{path}.out")
-        after, weights = torch.load(f"{path}.out", weights_only=True), theirs.state_dict()
+        after = torch.load(f"{path}.out", weights_only=True)
         assert after["config"]["model"]["paras"] == PARAS | {"dropout": 0.3}
         assert after["config"]["data"]["audio"] == SOUND | sound
-        assert after["model"].keys() == weights.keys()
-        assert all(torch.equal(after["model"][name], value) for name, value in weights.items())
+        assert same(after["model"], theirs.state_dict())
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     assert config["data"][0]["fbank"].keys() == PREPARED.keys(), "every option in force"
 
@@ -415,17 +397,13 @@ def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
     ],
 )
 def test_cmvn_follows_from_the_training_data(tmp_path, convert, data, cmvn, words):
-    """As config.json has it, or last.ckpt."""
-    weights = our_model(tmp_path / "foo.model", data).state_dict()
-    saved = {"model": weights, "flags": {"rnn_residual": True}, "data": data, "state": {}}
-    torch.save(saved, tmp_path / "last.ckpt")
-    for path in (tmp_path / "foo.model", tmp_path / "last.ckpt"):
-        warnings = convert(path, "--to_s3prl", f"{path}.out")
-        assert from_export(f"{path}.out")[1]["cmvn"] is cmvn
-        assert all(word in warnings for word in words) if words else not warnings
+    our_model(tmp_path / "foo.model", data)
+    warnings = convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
+    assert from_export(tmp_path / "foo.ckpt")[1]["cmvn"] is cmvn
+    assert all(word in warnings for word in words) if words else not warnings
 
 
-def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, extract, call_main):
+def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, call_main):
     """The training data; and a model's features of new audio, here and, exported, in s3prl."""
     wav = write(tmp_path / "a.wav", SAMPLES)
     argv = ["--librispeech_from_audio", wav, "--save_dir", tmp_path / "data", "--num_workers", 1]
@@ -437,18 +415,18 @@ def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, 
     made = json.loads((tmp_path / "data" / "prepared.json").read_text())
     our_model(tmp_path / "foo.model", [made], mel_dim=80)
     assert not convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
-    got, _ = extract(tmp_path / "foo.model", wav, tmp_path / "features")
+    got = FeatureExtractor(tmp_path / "foo.model")(wav)
     _, expected = s3prl_outputs(*from_export(tmp_path / "foo.ckpt"), SAMPLES)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-def test_a_model_of_features_without_cmvn_gives_the_same_in_s3prl(tmp_path, convert, extract):
+def test_a_model_of_features_without_cmvn_gives_the_same_in_s3prl(tmp_path, convert):
     """Its weights take in that s3prl's log energies, and predictions, are smaller by a constant."""
     ours = our_model(tmp_path / "foo.model", trained_on("none", num_mel_bins=40), mel_dim=40)
     assert "floor" in convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
     noise = np.random.default_rng(1).integers(-500, 501, 19200)
     samples = (speech(1.2) // 2 + noise).astype(np.int16)  # nowhere silent: the floors differ
-    got, _ = extract(tmp_path / "foo.model", write(tmp_path / "a.wav", samples), tmp_path / "f")
+    got = FeatureExtractor(tmp_path / "foo.model")(write(tmp_path / "a.wav", samples))
     predicted, hidden = s3prl_outputs(*from_export(tmp_path / "foo.ckpt"), samples)
     torch.testing.assert_close(got, hidden, rtol=0, atol=1e-4)
     frames = torch.from_numpy(reference_fbank(samples, bins=40)).float()[None]
@@ -494,9 +472,7 @@ def test_state_dict_of_our_own_models(tmp_path, convert):
     reference = save_model(tmp_path / "a" / "foo.model", config, mel_dim=MEL, **shape)
     out = tmp_path / "new" / "folder" / "foo.pt"
     convert(tmp_path / "a" / "foo.model", "--residual", "--to_state_dict", out)
-    weights, expected = torch.load(out, weights_only=True), reference.state_dict()
-    assert list(weights) == list(expected)
-    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert same(torch.load(out, weights_only=True), reference.state_dict())
     assert_same_outputs(load_pretrained(out), reference, MEL)
     after = json.loads((out.parent / "config.json").read_text())
     assert after.items() >= config.items()
