@@ -73,47 +73,28 @@ class S3prlAPC(nn.Module):
         return self.postnet(frames), torch.stack(outputs)
 
 
-# torchaudio's, whose Kaldi fbank s3prl calls with what is in `sound`
-DEFAULTS = {
-    **{"preemphasis_coefficient": 0.97, "low_freq": 20.0, "high_freq": 0.0},
-    **{"remove_dc_offset": True, "snip_edges": True, "use_power": True, "use_log_fbank": True},
-}
-
-
 def s3prl_frames(samples, sound):
     """int16 (samples,) at 16 kHz -> (T, D): log-Mel frames with CMVN, all in float32 as there.
 
-    The samples are taken in [-1, 1]: energies are 2^30 times smaller than Kaldi's of 16-bit
-    integers, but the floor under them is the same.
+    It calls torchaudio's Kaldi fbank. The samples are taken in [-1, 1]: energies are 2^30 times
+    smaller than Kaldi's of 16-bit integers, but the floor under them is the same.
     """
-    sound = DEFAULTS | sound
-    wave = torch.from_numpy(samples) / 32768
     window, shift = (int(16 * sound[name]) for name in ("frame_length", "frame_shift"))
     size = 2 ** (window - 1).bit_length()
-    if not sound["snip_edges"]:  # it continues in the mirror
-        count, before = (len(wave) + shift // 2) // shift, window // 2 - shift // 2
-        end = (count - 1) * shift + window
-        wave = torch.cat([wave[:before].flip(0), wave, wave.flip(0)])[:end]
-    frames = wave.unfold(0, window, shift)
-    if sound["remove_dc_offset"]:
-        frames = frames - frames.mean(dim=1, keepdim=True)
-    previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
-    frames = frames - sound["preemphasis_coefficient"] * previous
-    spectrum = torch.fft.rfft(frames * torch.hamming_window(window, periodic=False), size).abs()
-    if sound["use_power"]:
-        spectrum = spectrum**2
+    frames = (torch.from_numpy(samples) / 32768).unfold(0, window, shift)
+    frames = frames - frames.mean(dim=1, keepdim=True)
+    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    power = torch.fft.rfft(frames * torch.hamming_window(window, periodic=False), size).abs() ** 2
 
     def mel(hertz):
         return 1127 * torch.log1p(torch.as_tensor(hertz) / 700)
 
-    high = sound["high_freq"] + (8000 if sound["high_freq"] <= 0 else 0)
-    edges = torch.linspace(mel(sound["low_freq"]), mel(high), sound["feat_dim"] + 2)[:, None]
+    edges = torch.linspace(mel(20.0), mel(8000.0), sound["feat_dim"] + 2)[:, None]
     points = mel(torch.arange(size // 2) * 16000 / size)  # without the last of the spectrum
     rising = (points - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - points) / (edges[2:] - edges[1:-1])
-    frames = spectrum[:, :-1] @ torch.minimum(rising, falling).clamp(min=0).T
-    if sound["use_log_fbank"]:
-        frames = frames.clamp(min=torch.finfo().eps).log()
+    frames = power[:, :-1] @ torch.minimum(rising, falling).clamp(min=0).T
+    frames = frames.clamp(min=torch.finfo().eps).log()
     return (frames - frames.mean(0)) / (1e-10 + frames.std(0)) if sound["cmvn"] else frames
 
 
@@ -243,9 +224,6 @@ def test_loaded_model_is_s3prls(tmp_path, paras):
         {},
         {"frame_shift": 20, "feat_dim": 80},
         {"frame_length": 32, "frame_shift": 8, "cmvn": False},
-        {"preemphasis_coefficient": 0.9, "low_freq": 60, "high_freq": -400.0},
-        {"snip_edges": False, "remove_dc_offset": False, "dither": 0.0},
-        {"use_power": False, "use_log_fbank": False},
     ],
     ids=str,
 )
