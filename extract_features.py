@@ -9,7 +9,6 @@ import argparse
 import datetime
 import hashlib
 import io
-import itertools
 import logging
 import os
 import re
@@ -151,16 +150,15 @@ class AudioFiles(data.Dataset):
             kind = self.cmvn.kind
             raise UserError(f"--utt2spk {args.utt2spk}: the model was trained with --cmvn {kind}")
         self.bad = [] if args.skip_bad else None
-        self.recordings, ignored = audio.find_audio(
-            args.audio, args.ids_from_paths, args.pattern, self.bad
-        )
+        found = audio.find_audio(args.audio, args.ids_from_paths, args.pattern, self.bad)
+        self.recordings, ignored = found
         if ignored:
             logging.info("%s: ignored: %s", args.audio, audio.count_left_out(ignored))
         self.utt2spk = find_speakers(args, self.recordings) if self.cmvn.kind == "speaker" else {}
         options = {"resample": args.resample, "channel": args.channel}
         self.read = partial(audio.read_fbank_blocks, settings=self.fbank, **options)
-        jobs = audio.audio_jobs(self.recordings, self.fbank, **options)
-        jobs = [job for _, job in itertools.islice(jobs, rank, None, world_size)]
+        jobs = [job for _, job in audio.audio_jobs(self.recordings, self.fbank, **options)]
+        jobs = jobs[rank::world_size]
         num_workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         measured = run_jobs(jobs, partial(measure, skip_bad=args.skip_bad), num_workers)
         self.measured = [*progress_bar(measured, desc="CMVN", total=len(jobs), disable=rank > 0)]
@@ -171,7 +169,7 @@ class AudioFiles(data.Dataset):
         if world_size > 1:
             dist.all_gather_object(parts, self.measured)
         stats, self.bad, self.notes = {}, self.bad or [], []
-        for job_stats, job_bad, job_notes in itertools.chain(*parts):
+        for job_stats, job_bad, job_notes in sum(parts, []):
             stats |= job_stats
             self.bad += job_bad
             self.notes += job_notes
@@ -285,9 +283,10 @@ def path_of(args: argparse.Namespace, name: str) -> str:
     return os.path.join(args.save_dir, f"{name}.{args.format}")
 
 
-def is_done(path: str) -> bool:
-    """A crash of the machine may leave an empty file."""
-    return os.path.exists(path) and os.path.getsize(path) > 0
+def is_done(args: argparse.Namespace, utt_id: str) -> bool:
+    """Whether --resume skips an utterance. A crash of the machine may leave an empty file."""
+    path = path_of(args, utt_id)
+    return args.resume and os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def write_features(args: argparse.Namespace, features: Iterable, ark: str) -> io.StringIO:
@@ -328,7 +327,7 @@ def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
     """Write the lines of all processes to one file, sorted as Kaldi wants it."""
     parts = [scp.getvalue()] * world_size
     if world_size > 1:
-        dist.gather_object(parts[0], parts if rank == 0 else None)
+        dist.all_gather_object(parts, parts[0])
     if rank == 0:
         write_lines(sorted("".join(parts).splitlines(), key=str.encode), path)
 
@@ -417,7 +416,7 @@ def report(args: argparse.Namespace, source: LibriSpeech | AudioFiles, num_new: 
     num_old = len(source) - num_new
     text = f"features of {num_new} utterances written, {num_old} were already there"
     if args.audio is not None:
-        for name, lines in {"skipped.txt": source.bad, "truncated.txt": source.notes}.items():
+        for name, lines in (("skipped.txt", source.bad), ("truncated.txt", source.notes)):
             if lines:
                 write_lines(lines, os.path.join(args.save_dir, name))
                 text += f"; {len(lines)} recordings in {name}"
@@ -448,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
     # Each process has its own utterances, of all lengths.
     num_frames = dataset.num_frames
     mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
-    todo = [i for i in mine if not (args.resume and is_done(path_of(args, dataset.ids[i])))]
+    todo = [i for i in mine if not is_done(args, dataset.ids[i])]
     counts = sum_over_processes([len(todo), int(num_frames[todo].sum())], world_size)
     if rank == 0:
         where = f"{device} ({world_size} processes)" if world_size > 1 else f"{device}"
