@@ -20,8 +20,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, error_line, make_folder, run_script, speech
-from reference import PackedAPC
-from test_load_pretrained import save_transformer, snapshot
+from test_load_pretrained import HIDDEN, save_model, save_transformer, snapshot
 
 import extract_features
 import load_pretrained
@@ -34,7 +33,7 @@ from load_pretrained import FeatureExtractor, layer_chooser
 from utils import PrenetConfig, RNNConfig, UserError, lock_folder
 
 SCRIPT = "extract_features.py"
-MEL, HIDDEN, SEQ_LEN = 7, 16, 25
+MEL, SEQ_LEN = 7, 25
 FRAMES = [25, 1, 13, 24, 2, 13, 8]
 
 
@@ -86,15 +85,10 @@ def warnings_of(result):
 # Models, data, features ---------------------------------------------------------------------------
 
 
-def write_model(path, data=None, mel=MEL, layers=3, residual=True, **shape):
+def write_model(path, data=None, mel=MEL, residual=True, **shape):
     """Write a model, and `data` in its config.json -> the reference that has its weights."""
-    torch.manual_seed(4)
-    model = PackedAPC(mel, HIDDEN, layers, residual=residual, **shape).eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
     config = {"rnn_residual": residual} | ({} if data is None else {"data": data})
-    (path.parent / "config.json").write_text(json.dumps(config))
-    return model
+    return save_model(path, config, mel_dim=mel, residual=residual, **shape)
 
 
 @torch.no_grad()

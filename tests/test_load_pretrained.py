@@ -24,7 +24,11 @@ MEL, HIDDEN, LAYERS = 11, 16, 3
 def save_model(path, config=None, **shape):
     """Write a model's weights, and config.json next to them if there is one -> the reference."""
     torch.manual_seed(0)
-    model = PackedAPC(**({"mel_dim": MEL, "hidden": HIDDEN, "layers": LAYERS} | shape))
+    shape = {"mel_dim": MEL, "hidden": HIDDEN, "layers": LAYERS} | shape
+    return save(PackedAPC(**shape), path, config)
+
+
+def save(model, path, config):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)  # an OrderedDict with metadata, as the original's
     if config is not None:
@@ -34,12 +38,7 @@ def save_model(path, config=None, **shape):
 
 def save_transformer(path, config=None):
     """The same of a Transformer of two blocks -> the model."""
-    torch.manual_seed(0)
-    model = APCModel(MEL, None, RNNConfig(MEL, 64, 2, 0.0, False, "transformer"))
-    torch.save(model.state_dict(), path)
-    if config is not None:
-        (path.parent / "config.json").write_text(json.dumps(config))
-    return model.eval()
+    return save(APCModel(MEL, None, RNNConfig(MEL, 64, 2, 0.0, False, "transformer")), path, config)
 
 
 def snapshot(path):
