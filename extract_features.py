@@ -377,7 +377,8 @@ def extract(
             yield utt_id, features[..., i, :length, :].clone()
     (source,) = dataset.datasets
     for i in long:
-        yield dataset.ids[i], features_of(model, source.read_chunks(i), choose)
+        num_frames = int(dataset.num_frames[i])
+        yield dataset.ids[i], features_of(model, source.read_chunks(i), num_frames, choose)
 
 
 def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:

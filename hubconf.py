@@ -17,7 +17,7 @@ import types
 
 import torch
 
-dependencies = ["torch", "numpy", "filelock", "tqdm"]
+dependencies = ["torch", "numpy"]
 OURS = ("apc_model", "formats", "load_pretrained", "utils")  # what is imported here
 HUB = "apc_hub"  # the module where they stay
 

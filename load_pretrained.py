@@ -319,7 +319,7 @@ def check_length(model: APCModel, utt_id: str, num_frames: int) -> None:
 
 @torch.inference_mode()
 def features_of(
-    model: APCModel, chunks: Iterable[Tensor], choose: Callable[[Tensor], Tensor]
+    model: APCModel, chunks: Iterable[Tensor], num_frames: int, choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """One utterance of any length -> its features ((layers,) T, H), on the CPU.
 
@@ -327,17 +327,22 @@ def features_of(
         model: in eval mode.
         chunks: the utterance's log-Mel frames, some of them (t, D) at a time. A GRU or LSTM takes
             them one by one, so that only the features grow with the utterance.
+        num_frames: T.
         choose: layer_chooser().
     """
     device = next(model.parameters()).device
     if model.rnn_type == "transformer":
         inputs = torch.cat([*chunks])[None].to(device)
-        return choose(model(inputs, [inputs.size(1)])[1])[..., 0, :, :].cpu()
-    features, state = [], None
+        return choose(model(inputs, [num_frames])[1])[..., 0, :, :].cpu()
+    features, state, done = None, None, 0
     for chunk in chunks:
         _, internal_reps, state = model.stream(chunk[None].to(device), state)
-        features.append(choose(internal_reps)[..., 0, :, :].cpu())  # ((layers,) t, H)
-    return torch.cat(features, dim=-2)
+        new = choose(internal_reps)[..., 0, :, :].cpu()  # ((layers,) t, H)
+        if features is None:
+            features = new.new_empty(*new.shape[:-2], num_frames, new.shape[-1])
+        features[..., done : done + len(chunk), :] = new
+        done += len(chunk)
+    return features
 
 
 class FeatureExtractor:
@@ -408,7 +413,7 @@ class FeatureExtractor:
             self.longest = len(frames)
         stats = cmvn_stats(frames) if self.stats is None else self.stats
         frames = torch.from_numpy(self.cmvn.apply(frames, stats))
-        return features_of(self.model, frames.split(4096), self.choose)
+        return features_of(self.model, frames.split(4096), len(frames), self.choose)
 
     def _check(self, samples, rate):
         """The caller's samples -> float32 in 16-bit range, at the model's sampling rate."""

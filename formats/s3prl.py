@@ -22,11 +22,21 @@ VQ_FROM_S3PRL = {  # of a layer with one group
     "vq_layers.0.vq_logits.": "postnet.logits.",
     "vq_layers.0.codebook_CxE.": "postnet.codebook.",
 }
-# s3prl's audio settings -> ours. What else it may pass to torchaudio's fbank, its APC does not use.
+# s3prl's audio settings, which it passes to torchaudio.compliance.kaldi.fbank -> ours.
 FBANK_NAMES = {
     "feat_dim": "num_mel_bins",
     "frame_length": "frame_length_ms",
     "frame_shift": "frame_shift_ms",
+    "preemphasis_coefficient": "preemph_coeff",
+    "blackman_coeff": "blackman_coeff",
+    "dither": "dither",
+    "low_freq": "low_freq",
+    "high_freq": "high_freq",
+    "remove_dc_offset": "remove_dc_offset",
+    "round_to_power_of_two": "round_to_power_of_two",
+    "snip_edges": "snip_edges",
+    "use_log_fbank": "use_log_fbank",
+    "use_power": "use_power",
 }
 
 

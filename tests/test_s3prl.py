@@ -10,15 +10,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, same, speech
+from conftest import Hostile, error_line, speech
 from test_audio import write
 from test_fbank import PREPARED, reference_fbank
 from test_load_pretrained import assert_same_outputs, save_model, snapshot
 from torch import nn
 
+import extract_features
 import load_pretrained as script
 import prepare_data
-from load_pretrained import FeatureExtractor, load_pretrained
+from load_pretrained import load_pretrained
 
 MEL, HIDDEN, LAYERS = 12, 16, 3
 PARAS = {"num_layers": LAYERS, "hidden_size": HIDDEN, "dropout": 0.1, "residual": True}
@@ -41,8 +42,8 @@ class S3prlAPC(nn.Module):
     """Its APC: built from the keywords in `paras`, of GRU layers and a linear postnet.
 
     Dropout follows every layer. A residual sum happens from the second layer on, and nowhere else.
-    With `vq` it is VQ-APC with one group of codes: the last layer's output is replaced, for the
-    prediction, by the row of the codebook that has the largest logit.
+    With `vq` it is VQ-APC: each group of the last layer's units is replaced, for the prediction, by
+    the row of its codebook that has the largest logit.
     """
 
     def __init__(self, feat_dim, num_layers, hidden_size, dropout, residual, vq=None):
@@ -53,12 +54,14 @@ class S3prlAPC(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.residual = residual
         self.postnet = nn.Linear(hidden_size, feat_dim)
-        self.vq_layers = nn.ModuleList()
+        self.code_dims = vq["code_dim"] if vq else []
         if vq:
-            group, (size,), (dim,) = nn.Module(), vq["codebook_size"], vq["code_dim"]
-            group.vq_logits = nn.Linear(dim, size)
-            group.codebook_CxE = nn.Linear(size, dim, bias=False)
-            self.vq_layers.append(group)
+            self.vq_layers = nn.ModuleList()
+            for size, dim in zip(vq["codebook_size"], vq["code_dim"]):
+                group = nn.Module()
+                group.vq_logits = nn.Linear(dim, size)
+                group.codebook_CxE = nn.Linear(size, dim, bias=False)
+                self.vq_layers.append(group)
 
     def forward(self, frames, lengths=None):
         """(B, T, D) -> predictions (B, T, D), every layer's outputs (L, B, T, H)."""
@@ -67,34 +70,57 @@ class S3prlAPC(nn.Module):
             out = self.drop(layer(frames)[0])
             frames = out + frames if number > 0 and self.residual else out
             outputs.append(frames)
-        for group in self.vq_layers:
-            logits = group.vq_logits(frames)
-            frames = group.codebook_CxE((logits == logits.amax(dim=-1, keepdim=True)).float())
+        if self.code_dims:
+            codes = []
+            for group, part in zip(self.vq_layers, frames.split(self.code_dims, dim=-1)):
+                logits = group.vq_logits(part)
+                one_hot = (logits == logits.amax(dim=-1, keepdim=True)).float()
+                codes.append(group.codebook_CxE(one_hot))
+            frames = torch.cat(codes, dim=-1)
         return self.postnet(frames), torch.stack(outputs)
+
+
+# torchaudio's, whose Kaldi fbank s3prl calls with what is in `sound`
+DEFAULTS = {
+    **{"preemphasis_coefficient": 0.97, "low_freq": 20.0, "high_freq": 0.0},
+    **{"remove_dc_offset": True, "snip_edges": True, "use_power": True, "use_log_fbank": True},
+}
 
 
 def s3prl_frames(samples, sound):
     """int16 (samples,) at 16 kHz -> (T, D): log-Mel frames with CMVN, all in float32 as there.
 
-    It calls torchaudio's Kaldi fbank. The samples are taken in [-1, 1]: energies are 2^30 times
-    smaller than Kaldi's of 16-bit integers, but the floor under them is the same.
+    The samples are taken in [-1, 1]: energies are 2^30 times smaller than Kaldi's of 16-bit
+    integers, but the floor under them is the same.
     """
+    sound = DEFAULTS | sound
+    wave = torch.from_numpy(samples) / 32768
     window, shift = (int(16 * sound[name]) for name in ("frame_length", "frame_shift"))
     size = 2 ** (window - 1).bit_length()
-    frames = (torch.from_numpy(samples) / 32768).unfold(0, window, shift)
-    frames = frames - frames.mean(dim=1, keepdim=True)
-    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
-    power = torch.fft.rfft(frames * torch.hamming_window(window, periodic=False), size).abs() ** 2
+    if not sound["snip_edges"]:  # it continues in the mirror
+        count, before = (len(wave) + shift // 2) // shift, window // 2 - shift // 2
+        end = (count - 1) * shift + window
+        wave = torch.cat([wave[:before].flip(0), wave, wave.flip(0)])[:end]
+    frames = wave.unfold(0, window, shift)
+    if sound["remove_dc_offset"]:
+        frames = frames - frames.mean(dim=1, keepdim=True)
+    previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    frames = frames - sound["preemphasis_coefficient"] * previous
+    spectrum = torch.fft.rfft(frames * torch.hamming_window(window, periodic=False), size).abs()
+    if sound["use_power"]:
+        spectrum = spectrum**2
 
     def mel(hertz):
         return 1127 * torch.log1p(torch.as_tensor(hertz) / 700)
 
-    edges = torch.linspace(mel(20.0), mel(8000.0), sound["feat_dim"] + 2)[:, None]
+    high = sound["high_freq"] + (8000 if sound["high_freq"] <= 0 else 0)
+    edges = torch.linspace(mel(sound["low_freq"]), mel(high), sound["feat_dim"] + 2)[:, None]
     points = mel(torch.arange(size // 2) * 16000 / size)  # without the last of the spectrum
     rising = (points - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - points) / (edges[2:] - edges[1:-1])
-    frames = power[:, :-1] @ torch.minimum(rising, falling).clamp(min=0).T
-    frames = frames.clamp(min=torch.finfo().eps).log()
+    frames = spectrum[:, :-1] @ torch.minimum(rising, falling).clamp(min=0).T
+    if sound["use_log_fbank"]:
+        frames = frames.clamp(min=torch.finfo().eps).log()
     return (frames - frames.mean(0)) / (1e-10 + frames.std(0)) if sound["cmvn"] else frames
 
 
@@ -109,7 +135,7 @@ def s3prl_outputs(model, sound, samples):
 # Helpers ------------------------------------------------------------------------------------------
 
 
-def s3prl_file(path, paras=None, sound=None, edit=lambda content: None):
+def s3prl_file(path, paras=None, sound=None, edit=lambda content: None, legacy=False):
     """Write what s3prl saves of a model, after `edit` of it -> the model."""
     paras, sound = PARAS | (paras or {}), SOUND | (sound or {})
     torch.manual_seed(0)
@@ -122,10 +148,12 @@ def s3prl_file(path, paras=None, sound=None, edit=lambda content: None):
         "model": dict(model.state_dict()),
         "Optimizer": {"state": {0: {"step": torch.tensor(1000.0)}}, "param_groups": [{"lr": 1e-4}]},
         "Step": 1000,
-        "Args": argparse.Namespace(pair=(1, 2), nested=argparse.Namespace(device="cuda")),
+        "Args": argparse.Namespace(
+            mode=None, pair=(1, 2), nested=argparse.Namespace(device="cuda")
+        ),
     }
     edit(content)
-    torch.save(content, path)
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     return model
 
 
@@ -176,6 +204,19 @@ def reject(call_main):
     return lambda *argv: error_line(call_main(script, *argv), "load_pretrained.py")
 
 
+@pytest.fixture
+def extract(monkeypatch, call_main):
+    """extract_features.py --audio, of a.wav -> (features, warnings)."""
+    monkeypatch.setattr(extract_features, "num_cores", lambda: 1)
+
+    def run(checkpoint, wav, save_dir):
+        argv = ["--checkpoint", checkpoint, "--audio", wav, "--save_dir", save_dir]
+        warnings = warnings_of(call_main(extract_features, *argv, "--load_data_workers", 0))
+        return torch.load(save_dir / "a.pt", weights_only=True), warnings
+
+    return run
+
+
 # Reading ------------------------------------------------------------------------------------------
 
 
@@ -195,6 +236,7 @@ def strip(content, name):
     "paras",
     [
         {},
+        {"residual": False},
         {"num_layers": 1, "residual": False},
         {"hidden_size": MEL, "residual": False},
         {"dropout": 0, "num_layers": 2},  # YAML makes an integer of it
@@ -207,12 +249,13 @@ def test_loaded_model_is_s3prls(tmp_path, paras):
     config = {"rnn_residual": not residual, "rnn_hidden_size": 512, "rnn_type": "lstm"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = tmp_path / f"bs32-rhl3-rhs512-rd0-adam{'' if residual else '-res'}-ts3.pt"
-    for edit in (
-        lambda content: None,
-        partial(strip, name="config"),
-        partial(strip, name="Upstream_Config"),
+    for options in (
+        {"legacy": True},
+        {"legacy": False},
+        {"edit": partial(strip, name="config")},
+        {"edit": partial(strip, name="Upstream_Config")},
     ):
-        theirs = s3prl_file(path, paras, edit=edit)
+        theirs = s3prl_file(path, paras, **options)
         ours = load_pretrained(path)
         assert_same_outputs(ours, theirs, MEL)
         assert ours.rnn_residual is residual
@@ -224,14 +267,18 @@ def test_loaded_model_is_s3prls(tmp_path, paras):
         {},
         {"frame_shift": 20, "feat_dim": 80},
         {"frame_length": 32, "frame_shift": 8, "cmvn": False},
+        {"preemphasis_coefficient": 0.9, "low_freq": 60, "high_freq": -400.0},
+        {"snip_edges": False, "remove_dc_offset": False, "dither": 0.0},
+        {"use_power": False, "use_log_fbank": False},
     ],
     ids=str,
 )
-def test_audio_to_features_as_s3prl_does(tmp_path, caplog, sound):
+def test_audio_to_features_as_s3prl_does(tmp_path, extract, sound):
     sound = SOUND | {"feat_dim": 40} | sound
     theirs = s3prl_file(tmp_path / "apc.ckpt", sound=sound)
-    got = FeatureExtractor(tmp_path / "apc.ckpt")(write(tmp_path / "a.wav", SAMPLES))
-    assert not caplog.records, "the file says how its features are made"
+    wav = write(tmp_path / "a.wav", SAMPLES)
+    got, warnings = extract(tmp_path / "apc.ckpt", wav, tmp_path / "features")
+    assert not warnings, "the file says how its features are made"
     _, expected = s3prl_outputs(theirs, sound, SAMPLES)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -256,22 +303,36 @@ def test_vq_apc_predicts_from_codes_and_its_features_are_not_quantised(tmp_path,
 
 def test_other_quantised_models_are_rejected(tmp_path, reject):
     """Several groups of codes; layers after lower ones, as in the original VQ-APC; no config."""
+
+    def drop_first(content):
+        weights = content["model"]
+        content["model"] = {name: weights[name] for name in weights if "vq_layers.0." not in name}
+
+    groups = {"codebook_size": [10, 10], "code_dim": [6, 10], "gumbel_temperature": 0.5}
+    s3prl_file(tmp_path / "groups.ckpt", {"vq": groups})
+    s3prl_file(tmp_path / "lower.ckpt", {"vq": groups}, edit=drop_first)
     model = s3prl_file(tmp_path / "vq.ckpt", {"vq": VQ})
-
-    def edit(content, name, number):
-        second = {key.replace("vq_layers.0", f"vq_layers.{number}"): w for key, w in vq.items()}
-        content["model"] = {key: w for key, w in content["model"].items() if key not in vq}
-        content["model"] |= second | (vq if name == "groups" else {})
-
-    vq = {key: w for key, w in model.state_dict().items() if key.startswith("vq_layers.")}
-    for name in ("groups", "lower"):
-        s3prl_file(tmp_path / name, {"vq": VQ}, edit=partial(edit, name=name, number=1))
-    torch.save(model.state_dict(), tmp_path / "bare")
-    for name in ("groups", "lower", "bare"):
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    for name in ("groups.ckpt", "lower.ckpt", "bare.pt"):
         assert "VQ-APC" in reject(tmp_path / name)
 
 
 # Rejections ---------------------------------------------------------------------------------------
+
+
+def test_its_flags_are_let_in_but_no_code_in_them(tmp_path, reject):
+    """Namespaces, in which s3prl keeps its flags."""
+    marker = tmp_path / "marker"
+
+    def attack(content):
+        content["Args"].nested = [{"b": argparse.Namespace(hook=Hostile(marker))}]
+
+    s3prl_file(tmp_path / "evil.ckpt", edit=attack)
+    reject(tmp_path / "evil.ckpt")
+    assert not marker.exists()
+    s3prl_file(tmp_path / "apc.ckpt")
+    load_pretrained(tmp_path / "apc.ckpt")
+
 
 MISSING = object()
 
@@ -338,8 +399,8 @@ def test_round_trip(tmp_path, convert, monkeypatch, shape):
     assert paras.keys() == PARAS.keys() and paras["dropout"] == 0.2
 
     for path in ("foo.ckpt", "foo.pt"):
-        model = load_pretrained(path)
-        assert same(model.state_dict(), reference.state_dict())
+        model, weights = load_pretrained(path), reference.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         assert model.rnn_residual is reference.residual
 
 
@@ -351,10 +412,11 @@ def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
     assert not convert(tmp_path / "apc.ckpt", "--to_state_dict", tmp_path / "bare" / "apc.pt")
     for path in (tmp_path / "apc.ckpt", tmp_path / "bare" / "apc.pt"):
         assert not convert(path, "--to_s3prl", f"{path}.out")
-        after = torch.load(f"{path}.out", weights_only=True)
+        after, weights = torch.load(f"{path}.out", weights_only=True), theirs.state_dict()
         assert after["config"]["model"]["paras"] == PARAS | {"dropout": 0.3}
         assert after["config"]["data"]["audio"] == SOUND | sound
-        assert same(after["model"], theirs.state_dict())
+        assert after["model"].keys() == weights.keys()
+        assert all(torch.equal(after["model"][name], value) for name, value in weights.items())
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     assert config["data"][0]["fbank"].keys() == PREPARED.keys(), "every option in force"
 
@@ -375,13 +437,17 @@ def test_s3prl_to_s3prl_loses_nothing(tmp_path, convert, cmvn):
     ],
 )
 def test_cmvn_follows_from_the_training_data(tmp_path, convert, data, cmvn, words):
-    our_model(tmp_path / "foo.model", data)
-    warnings = convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
-    assert from_export(tmp_path / "foo.ckpt")[1]["cmvn"] is cmvn
-    assert all(word in warnings for word in words) if words else not warnings
+    """As config.json has it, or last.ckpt."""
+    weights = our_model(tmp_path / "foo.model", data).state_dict()
+    saved = {"model": weights, "flags": {"rnn_residual": True}, "data": data, "state": {}}
+    torch.save(saved, tmp_path / "last.ckpt")
+    for path in (tmp_path / "foo.model", tmp_path / "last.ckpt"):
+        warnings = convert(path, "--to_s3prl", f"{path}.out")
+        assert from_export(f"{path}.out")[1]["cmvn"] is cmvn
+        assert all(word in warnings for word in words) if words else not warnings
 
 
-def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, call_main):
+def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, extract, call_main):
     """The training data; and a model's features of new audio, here and, exported, in s3prl."""
     wav = write(tmp_path / "a.wav", SAMPLES)
     argv = ["--librispeech_from_audio", wav, "--save_dir", tmp_path / "data", "--num_workers", 1]
@@ -393,18 +459,18 @@ def test_what_is_prepared_as_s3prl_does_gives_the_same_there(tmp_path, convert, 
     made = json.loads((tmp_path / "data" / "prepared.json").read_text())
     our_model(tmp_path / "foo.model", [made], mel_dim=80)
     assert not convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
-    got = FeatureExtractor(tmp_path / "foo.model")(wav)
+    got, _ = extract(tmp_path / "foo.model", wav, tmp_path / "features")
     _, expected = s3prl_outputs(*from_export(tmp_path / "foo.ckpt"), SAMPLES)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-def test_a_model_of_features_without_cmvn_gives_the_same_in_s3prl(tmp_path, convert):
+def test_a_model_of_features_without_cmvn_gives_the_same_in_s3prl(tmp_path, convert, extract):
     """Its weights take in that s3prl's log energies, and predictions, are smaller by a constant."""
     ours = our_model(tmp_path / "foo.model", trained_on("none", num_mel_bins=40), mel_dim=40)
     assert "floor" in convert(tmp_path / "foo.model", "--to_s3prl", tmp_path / "foo.ckpt")
     noise = np.random.default_rng(1).integers(-500, 501, 19200)
     samples = (speech(1.2) // 2 + noise).astype(np.int16)  # nowhere silent: the floors differ
-    got = FeatureExtractor(tmp_path / "foo.model")(write(tmp_path / "a.wav", samples))
+    got, _ = extract(tmp_path / "foo.model", write(tmp_path / "a.wav", samples), tmp_path / "f")
     predicted, hidden = s3prl_outputs(*from_export(tmp_path / "foo.ckpt"), samples)
     torch.testing.assert_close(got, hidden, rtol=0, atol=1e-4)
     frames = torch.from_numpy(reference_fbank(samples, bins=40)).float()[None]
@@ -450,22 +516,28 @@ def test_state_dict_of_our_own_models(tmp_path, convert):
     reference = save_model(tmp_path / "a" / "foo.model", config, mel_dim=MEL, **shape)
     out = tmp_path / "new" / "folder" / "foo.pt"
     convert(tmp_path / "a" / "foo.model", "--residual", "--to_state_dict", out)
-    assert same(torch.load(out, weights_only=True), reference.state_dict())
+    weights, expected = torch.load(out, weights_only=True), reference.state_dict()
+    assert list(weights) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     assert_same_outputs(load_pretrained(out), reference, MEL)
     after = json.loads((out.parent / "config.json").read_text())
     assert after.items() >= config.items()
 
 
-def test_nothing_is_overwritten_nor_half_written(tmp_path, reject, monkeypatch):
-    our_model(tmp_path / "foo.model")
-    (tmp_path / "mine").write_text("mine")
-    monkeypatch.chdir(tmp_path)
-    before = snapshot(tmp_path)
-    for outputs in (
+@pytest.mark.parametrize(
+    "outputs",
+    [
         ["--to_s3prl", "mine"],
         ["--to_state_dict", "foo.pt"],  # config.json is there
         ["--to_state_dict", "new/config.json"],
         ["--to_s3prl", "y", "--to_state_dict", "new/../y"],
-    ):
-        assert "choose another name" in reject("foo.model", *outputs)
-        assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_overwritten_nor_half_written(tmp_path, reject, monkeypatch, outputs):
+    our_model(tmp_path / "foo.model")
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    assert "choose another name" in reject("foo.model", *outputs)
+    assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
