@@ -9,11 +9,10 @@ import argparse
 import datetime
 import hashlib
 import io
-import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -22,11 +21,9 @@ import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor
 from torch.utils import data
-from tqdm import tqdm
 
 from apc_model import APCModel
 from datasets import (
-    BatchSampler,
     LibriSpeech,
     Utterances,
     build_loader,
@@ -40,17 +37,17 @@ from load_pretrained import (
     MAX_FRAMES,
     add_residual_flags,
     check_length,
-    choose_layers,
     features_of,
     frame_settings,
-    load_with_config,
-    parse_layer,
+    layer_chooser,
+    load_pretrained,
     summary,
     training_data,
 )
 from utils import (
     BadUtterance,
     UserError,
+    add_group,
     atomic_write,
     choose_device,
     lock_folder,
@@ -80,31 +77,31 @@ EXAMPLES = """\
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Extract a trained model's hidden states as features of speech.", EXAMPLES)
     group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="file that load_pretrained.py can read")
+    text = "file that load_pretrained.py can read"
+    group.add_argument("--checkpoint", required=True, metavar="FILE", help=text)
     add_residual_flags(group)
-    layer = "last, all, mean, a number from 0 (the lowest) or a list like 0,2 (default: last)"
-    add("--layer", default="last", help=f"layers whose outputs are the features: {layer}")
+    text = "last, all, mean, a number from 0 (the lowest) or a list like 0,2 (default: last)"
+    group.add_argument("--layer", default="last", help=f"layers whose outputs to extract: {text}")
     group = parser.add_argument_group("input")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", metavar="DIR", help="prepared dataset, of prepare_data.py")
     text = "audio file, folder of audio files at any depth, or Kaldi data directory"
     source.add_argument("--audio", metavar="PATH", help=text)
     audio.add_flags(group)
-    add = parser.add_argument_group("output").add_argument
+    add = add_group(parser, "output")
     add("--save_dir", required=True, metavar="DIR", help="folder for the features")
-    text = "file format; ark is Kaldi's, with feats.scp (default: pt)"
+    text = "file format; ark is Kaldi's, with feats.scp"
     add("--format", choices=["pt", "npy", "ark"], default="pt", help=text)
-    text = "type of the values (default: float32)"
+    text = "type of the values"
     add("--dtype", choices=["float32", "float16"], default="float32", help=text)
     text = "skip utterances that are already extracted (pt, npy)"
     add("--resume", action="store_true", help=text)
-    add = parser.add_argument_group("hardware").add_argument
-    text = "utterances per batch, over all processes (default: 32)"
+    add = add_group(parser, "hardware")
+    text = "utterances per batch, over all processes"
     add("--batch_size", type=positive, default=32, metavar="N", help=text)
-    text = "processes that load data (default: 2)"
+    text = "processes that load data"
     add("--load_data_workers", type=not_negative, default=2, metavar="N", help=text)
-    text = "device to compute on (default: auto)"
+    text = "device to compute on"
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=text)
     return parser
 
@@ -131,9 +128,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class AudioFiles(data.Dataset):
     """--audio, treated as the model's training data were: log-Mel utterances, never cut.
 
-    All files are read once beforehand, to find bad ones and for CMVN statistics, and then again as
-    they are asked for. Items and attributes are those of LibriSpeech, but the tensors are as long
-    as the utterances.
+    Every file is read twice: first for its length, its CMVN statistics and to find out whether it
+    is bad, and again as it is asked for. Items and attributes are those of LibriSpeech, but the
+    tensors are as long as the utterances.
 
     Args:
         args: the script's.
@@ -160,8 +157,8 @@ class AudioFiles(data.Dataset):
         self.utt2spk = find_speakers(args, self.recordings) if self.cmvn.kind == "speaker" else {}
         options = {"resample": args.resample, "channel": args.channel}
         self.read = partial(audio.read_fbank_blocks, settings=self.fbank, **options)
-        jobs = audio.audio_jobs(self.recordings, self.fbank, **options)
-        jobs = [job for _, job in itertools.islice(jobs, rank, None, world_size)]
+        jobs = [job for _, job in audio.audio_jobs(self.recordings, self.fbank, **options)]
+        jobs = jobs[rank::world_size]
         num_workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         measured = run_jobs(jobs, partial(measure, skip_bad=args.skip_bad), num_workers)
         self.measured = [*progress_bar(measured, desc="CMVN", total=len(jobs), disable=rank > 0)]
@@ -171,24 +168,24 @@ class AudioFiles(data.Dataset):
         parts = [self.measured] * world_size
         if world_size > 1:
             dist.all_gather_object(parts, self.measured)
-        stats, bad, self.notes = {}, self.bad or [], []
-        for job_stats, job_bad, job_notes in itertools.chain(*parts):
+        stats, self.bad, self.notes = {}, self.bad or [], []
+        for job_stats, job_bad, job_notes in sum(parts, []):
             stats |= job_stats
-            bad += job_bad
+            self.bad += job_bad
             self.notes += job_notes
-        self.bad = bad
         self.recordings = [recording for recording in self.recordings if recording.utt_id in stats]
         if not self.recordings:
-            raise UserError(f"{self.path}: every recording was skipped; the first: {bad[0]}")
-        groups, self.lengths, group_stats = [], {}, {}
+            raise UserError(f"{self.path}: every recording was skipped; the first: {self.bad[0]}")
+        groups, sums, self.lengths = [], {}, {}
         for recording in self.recordings:
-            group = self.cmvn.group(recording.utt_id, recording.where(), self.utt2spk)
+            utt_id = recording.utt_id
+            group = self.cmvn.group(utt_id, recording.where(), self.utt2spk)
             groups.append(group)
-            group_stats[group] = group_stats.get(group, 0) + stats[recording.utt_id]
-            self.lengths[f"{recording.utt_id}.pt"] = int(stats[recording.utt_id][0, -1])
+            sums[group] = sums.get(group, 0) + stats[utt_id]
+            self.lengths[f"{utt_id}.pt"] = int(stats[utt_id][0, -1])
         if self.training_stats is not None:
-            group_stats = dict.fromkeys(groups, self.training_stats)
-        self.stats, self.ids = [group_stats[group] for group in groups], [*self.lengths]
+            sums = dict.fromkeys(sums, self.training_stats)
+        self.stats, self.ids = [sums[group] for group in groups], [*self.lengths]
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -234,8 +231,6 @@ def open_source(
         dataset = AudioFiles(args, prepared, rank, world_size)
     else:
         dataset = LibriSpeech(args.data_dir)
-        # With every fbank option filled in, as the model's has.
-        dataset.prepared = training_data({"data": [dataset.prepared]}, args.data_dir)
         warn_of_other_data(prepared, dataset)
     if dataset.mel_dim != model.mel_dim:
         raise UserError(
@@ -245,19 +240,76 @@ def open_source(
     return dataset
 
 
-# Writing features ---------------------------------------------------------------------------------
+# The folder of features ---------------------------------------------------------------------------
 
 
-def write_file(features: Tensor, path: str) -> None:
-    """Write an utterance's .pt or .npy."""
-    if path.endswith(".pt"):
-        save(features, path, sync=False)
-        return
+def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
+    """Make save_dir ready -> its lock; UserError if it holds anything else than this extraction."""
+    if is_finished(args.save_dir):
+        raise UserError(f"{args.save_dir} is a prepared dataset: choose another --save_dir")
+    os.makedirs(args.save_dir, exist_ok=True)
+    lock = lock_folder(args.save_dir)
+    with open(args.checkpoint, "rb") as file:
+        weights = hashlib.sha256(file.read()).hexdigest()
+    about = {
+        "weights": weights,
+        "source": os.path.realpath(args.data_dir or args.audio),
+        "residual": bool(model.rnn_residual),
+        "layer": args.layer,
+        "format": args.format,
+        "dtype": args.dtype,
+    }
+    path = os.path.join(args.save_dir, "features.json")
+    before = read_json(path) if args.resume else None
+    for key in about if before else ():
+        if before.get(key) != about[key]:
+            raise UserError(
+                f"{path}: {key} was {before.get(key)!r} when the extraction started, and is "
+                f"{about[key]!r} now: --resume needs the same"
+            )
+    ours = (".pt", ".npy", ".ark", ".scp", "features.json")
+    there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
+    if there and not before:
+        raise UserError(
+            f"{args.save_dir} holds files like {there[0]}: choose another --save_dir"
+            f"{'' if args.format == 'ark' else ', or --resume the extraction into this one'}"
+        )
+    if not before:
+        write_json({"checkpoint": args.checkpoint} | about, path)
+    return lock
+
+
+def path_of(args: argparse.Namespace, name: str) -> str:
+    return os.path.join(args.save_dir, f"{name}.{args.format}")
+
+
+def is_done(args: argparse.Namespace, utt_id: str) -> bool:
+    """Whether --resume skips an utterance. A crash of the machine may leave an empty file."""
+    path = path_of(args, utt_id)
+    return args.resume and os.path.exists(path) and os.path.getsize(path) > 0
+
+
+def write_features(args: argparse.Namespace, features: Iterable, ark: str) -> io.StringIO:
+    """Write (utterance id, features) as they come -> the lines of the ark's scp."""
+    scp = io.StringIO()
+    for utt_id, values in features:
+        values = values.to(getattr(torch, args.dtype))
+        if not values.isfinite().all():
+            logging.error("%s: its features are not all finite", utt_id)
+        if args.format == "pt":
+            save(values, path_of(args, utt_id), sync=False)
+        elif args.format == "npy":
+            write_npy(values, path_of(args, utt_id))
+        else:
+            append_to_ark(values, utt_id, ark, scp)
+    return scp
+
+
+def write_npy(features: Tensor, path: str) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, features.numpy())  # into a file, it does not always notice a full disk
     with atomic_write(path, sync=False) as file:
-        # Not np.save, which does not notice a full disk.
-        header = np.lib.format.header_data_from_array_1_0(features.numpy())
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(features.numpy())
+        file.write(buffer.getbuffer())
 
 
 def append_to_ark(features: Tensor, utt_id: str, path: str, scp: io.StringIO) -> None:
@@ -275,7 +327,7 @@ def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
     """Write the lines of all processes to one file, sorted as Kaldi wants it."""
     parts = [scp.getvalue()] * world_size
     if world_size > 1:
-        dist.gather_object(parts[0], parts if rank == 0 else None)
+        dist.all_gather_object(parts, parts[0])
     if rank == 0:
         write_lines(sorted("".join(parts).splitlines(), key=str.encode), path)
 
@@ -285,90 +337,7 @@ def write_lines(lines: list[str], path: str) -> None:
         file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
 
 
-def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
-    """Make save_dir ready -> its lock; UserError if it holds anything else than this extraction."""
-    if is_finished(args.save_dir):
-        raise UserError(f"{args.save_dir} is a prepared dataset: choose another --save_dir")
-    os.makedirs(args.save_dir, exist_ok=True)
-    lock = lock_folder(args.save_dir)
-    weights = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        weights.update(name.encode() + weight.cpu().numpy().tobytes())
-    about = {
-        "weights": weights.hexdigest(),
-        "source": os.path.realpath(args.data_dir or args.audio),
-        "residual": bool(model.rnn_residual),
-        "layer": args.layer,
-        "format": args.format,
-        "dtype": args.dtype,
-    }
-    path = os.path.join(args.save_dir, "features.json")
-    before = read_json(path) if args.resume else None
-    if before is not None:
-        for key, value in about.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{path}: {key} was {before.get(key)!r} when the extraction started, and is "
-                    f"{value!r} now: --resume needs the same"
-                )
-        return lock
-    ours = (".pt", ".npy", ".ark", ".scp", "features.json")
-    there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
-    if there:
-        raise UserError(
-            f"{args.save_dir} holds files like {there[0]}: choose another --save_dir"
-            f"{'' if args.format == 'ark' else ', or --resume the extraction into this one'}"
-        )
-    write_json({"checkpoint": args.checkpoint} | about, path)
-    return lock
-
-
-def report(args: argparse.Namespace, source: LibriSpeech | AudioFiles, num_all, num_new) -> None:
-    """List what was odd about the recordings, if anything was, and print the last line."""
-    text = f"features of {num_new} utterances written, {num_all - num_new} were already there"
-    lists = {}
-    if args.audio is not None:
-        lists = {"skipped.txt": source.bad, "truncated.txt": source.notes}
-    for name, lines in lists.items():
-        if lines:
-            write_lines(lines, os.path.join(args.save_dir, name))
-            text += f"; {len(lines)} recordings in {name}"
-    print(f"{args.save_dir}: {text}")
-
-
 # Extraction ---------------------------------------------------------------------------------------
-
-
-def plan(todo: np.ndarray, num_frames: np.ndarray, batch_size: int) -> tuple[list, list]:
-    """Utterances -> batches of at most MAX_FRAMES frames, and the utterances longer than that."""
-    is_long = num_frames[todo] > MAX_FRAMES
-    short, batches = todo[~is_long], []
-    for batch in BatchSampler(num_frames[short], batch_size, shuffle=False):
-        size = MAX_FRAMES // num_frames[short[batch]].max()
-        batches += [short[batch[i : i + size]].tolist() for i in range(0, len(batch), size)]
-    return batches, todo[is_long].tolist()
-
-
-@torch.inference_mode()
-def extract_batch(
-    model: APCModel, inputs: Tensor, lengths: Tensor, layers: int | list | slice | str
-) -> list[Tensor]:
-    """A batch (B, T, D) -> features ((layers,) T, H) of each utterance."""
-    inputs = inputs.to(next(model.parameters()).device, non_blocking=True)
-    features = choose_layers(model(inputs, lengths)[1], layers).cpu()  # ((layers,) B, T, H)
-    return [features[..., i, :length, :].clone() for i, length in enumerate(lengths.tolist())]
-
-
-def extract(
-    model: APCModel, dataset: Utterances, loader: data.DataLoader, long: list[int], layers
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (utterance id, features) of the loader's utterances, then of the long ones."""
-    for inputs, lengths, ids in read_batches(loader):
-        yield from zip(ids, extract_batch(model, inputs, lengths, layers))
-    (source,) = dataset.datasets
-    for i in long:
-        chunks = source.read_chunks(i)
-        yield dataset.ids[i], features_of(model, chunks, int(dataset.num_frames[i]), layers)
 
 
 def check_dataset(args: argparse.Namespace, model: APCModel, dataset: Utterances) -> None:
@@ -380,23 +349,36 @@ def check_dataset(args: argparse.Namespace, model: APCModel, dataset: Utterances
             raise UserError(f"utterance id {utt_id!r}: in an ark ids are text without spaces")
 
 
-def announce(
-    args: argparse.Namespace, model: APCModel, dataset: Utterances, counts: list[int], where: str
-) -> None:
-    """Print what is about to be done."""
+def plan(todo: list[int], num_frames: np.ndarray, batch_size: int) -> tuple[list, list]:
+    """Utterances by length -> batches of up to MAX_FRAMES frames, and those longer than that."""
+    short = [i for i in todo if num_frames[i] <= MAX_FRAMES]
+    batches = []
+    for start in range(0, len(short), batch_size):
+        batch = short[start : start + batch_size]
+        size = MAX_FRAMES // num_frames[batch[-1]]
+        batches += [batch[i : i + size] for i in range(0, len(batch), size)]
+    return batches, todo[len(short) :]
+
+
+@torch.inference_mode()
+def extract(
+    model: APCModel,
+    dataset: Utterances,
+    loader: data.DataLoader,
+    long: list[int],
+    choose: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (utterance id, features ((layers,) T, H)): first the loader's, then the long ones'."""
+    device = next(model.parameters()).device
+    for inputs, lengths, ids in read_batches(loader):
+        internal_reps = model(inputs.to(device, non_blocking=True), lengths)[1]
+        features = choose(internal_reps).cpu()  # ((layers,) B, T, H)
+        for i, (utt_id, length) in enumerate(zip(ids, lengths.tolist())):
+            yield utt_id, features[..., i, :length, :].clone()
     (source,) = dataset.datasets
-    if args.audio is not None and source.utt2spk:
-        speakers = [source.utt2spk[utt_id] for utt_id in dataset.ids]
-        hours = dataset.num_frames.sum() * source.fbank["frame_shift_ms"] / 3.6e6
-        each = hours / len({*speakers})
-        print(f"speakers: {audio.describe_speakers(speakers)}, {each:.3g} h each")
-    for note in source.notes[:10] if args.audio is not None else ():
-        logging.warning(note)
-    print(
-        f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {counts[0]} of "
-        f"{len(dataset)} utterances, {counts[1]} frames of {args.data_dir or args.audio}, on "
-        f"{where} -> {args.save_dir}"
-    )
+    for i in long:
+        num_frames = int(dataset.num_frames[i])
+        yield dataset.ids[i], features_of(model, source.read_chunks(i), num_frames, choose)
 
 
 def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:
@@ -410,30 +392,36 @@ def sum_over_processes(numbers: list[int], world_size: int) -> list[int]:
     return total.tolist()
 
 
-def write_features(
-    args: argparse.Namespace, features: Iterator, ark: str, bar: tqdm
-) -> io.StringIO:
-    """Write (utterance id, features) as they come -> the lines of the ark's scp."""
-    scp = io.StringIO()
-    for utt_id, values in features:
-        values = values.to(getattr(torch, args.dtype))
-        if not values.isfinite().all():
-            logging.error("%s: its features are not all finite", utt_id)
-        if args.format == "ark":
-            append_to_ark(values, utt_id, ark, scp)
-        else:
-            write_file(values, path_of(args, utt_id))
-        bar.update()
-    return scp
+def announce(
+    args: argparse.Namespace, model: APCModel, dataset: Utterances, counts: list[int], where: str
+) -> None:
+    """Print what is about to be done."""
+    (source,) = dataset.datasets
+    if args.audio is not None:
+        if source.utt2spk:
+            speakers = [source.utt2spk[utt_id] for utt_id in dataset.ids]
+            hours = dataset.num_frames.sum() * source.fbank["frame_shift_ms"] / 3.6e6
+            each = hours / len({*speakers})
+            print(f"speakers: {audio.describe_speakers(speakers)}, {each:.3g} h each")
+        for note in source.notes[:10]:
+            logging.warning(note)
+    print(
+        f"extracting layer {args.layer} of {args.checkpoint} ({summary(model)}) for {counts[0]} of "
+        f"{len(dataset)} utterances, {counts[1]} frames of {args.data_dir or args.audio}, on "
+        f"{where} -> {args.save_dir}"
+    )
 
 
-def path_of(args: argparse.Namespace, utt_id: str) -> str:
-    return os.path.join(args.save_dir, f"{utt_id}.{args.format}")
-
-
-def is_done(path: str) -> bool:
-    """A crash of the machine may leave an empty file."""
-    return os.path.exists(path) and os.path.getsize(path) > 0
+def report(args: argparse.Namespace, source: LibriSpeech | AudioFiles, num_new: int) -> None:
+    """List what was odd about the recordings, if anything was, and print the last line."""
+    num_old = len(source) - num_new
+    text = f"features of {num_new} utterances written, {num_old} were already there"
+    if args.audio is not None:
+        for name, lines in (("skipped.txt", source.bad), ("truncated.txt", source.notes)):
+            if lines:
+                write_lines(lines, os.path.join(args.save_dir, name))
+                text += f"; {len(lines)} recordings in {name}"
+    print(f"{args.save_dir}: {text}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -441,11 +429,12 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     set_numerics()
     choose_device(args.device)  # which may be an error, before the long first pass over audio
-    rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         logging.disable(logging.WARNING)  # rank 0 says the same
-    model, _ = load_with_config(args.checkpoint, residual=args.residual)
-    layers = parse_layer(args.layer, model)
+    model = load_pretrained(args.checkpoint, residual=args.residual)
+    choose = layer_chooser(args.layer, model)
     source = open_source(args, model, rank, world_size)
     # Worker processes were forked before this one is connected to others. The first process to
     # finish may have to wait a long time for them.
@@ -459,23 +448,22 @@ def main(argv: list[str] | None = None) -> None:
     # Each process has its own utterances, of all lengths.
     num_frames = dataset.num_frames
     mine = np.argsort(num_frames, kind="stable")[rank::world_size].tolist()
-    todo = [i for i in mine if not (args.resume and is_done(path_of(args, dataset.ids[i])))]
-    todo = np.array(todo, int)
-    counts = sum_over_processes([len(todo), num_frames[todo].sum()], world_size)
+    todo = [i for i in mine if not is_done(args, dataset.ids[i])]
+    counts = sum_over_processes([len(todo), int(num_frames[todo].sum())], world_size)
     if rank == 0:
-        where = f"{device}{f' ({world_size} processes)' if world_size > 1 else ''}"
+        where = f"{device} ({world_size} processes)" if world_size > 1 else f"{device}"
         announce(args, model, dataset, counts, where)
     batches, long = plan(todo, num_frames, max(1, args.batch_size // world_size))
     loader = build_loader(dataset, batches, args.load_data_workers, device)
-    features = extract(model.to(device), dataset, loader, long, layers)
+    features = extract(model.to(device), dataset, loader, long, choose)
+    features = progress_bar(features, total=len(todo), unit="utt", disable=rank > 0)
     ark = os.path.abspath(path_of(args, f"feats.{rank + 1}" if world_size > 1 else "feats"))
-    with progress_bar(total=len(todo), unit="utt", disable=rank > 0) as bar:
-        scp = write_features(args, features, ark, bar)
+    scp = write_features(args, features, ark)
     sum_over_processes([0], world_size)
     if args.format == "ark":
         write_scp(scp, os.path.join(args.save_dir, "feats.scp"), rank, world_size)
     if rank == 0:
-        report(args, source, len(dataset), counts[0])
+        report(args, source, counts[0])
         lock.release()
 
 

@@ -5,19 +5,19 @@ features = torch.hub.load("path/to/this/folder", "apc_features", "apc.model", so
 x = features("speech.wav")      # (T, H) float32
 
 `import utils` and the like give the caller's own modules, before these calls and after them.
-Models and extractors can be copied and pickled, also for DataLoader workers that are spawned: they
-are unpickled by means of this file.
+Models and extractors can be copied and pickled, also for DataLoader workers that are spawned.
 """
 
 import contextlib
 import functools
 import os
+import pickle
 import sys
 import types
 
 import torch
 
-dependencies = ["torch", "numpy", "filelock", "tqdm"]
+dependencies = ["torch", "numpy"]
 OURS = ("apc_model", "formats", "load_pretrained", "utils")  # what is imported here
 HUB = "apc_hub"  # the module where they stay
 
@@ -36,11 +36,13 @@ def apc_features(path, layer="last", device="cpu", residual=None, resample=False
         return ours["load_pretrained"].FeatureExtractor(*arguments)
 
 
-def empty_model():
-    """For pickle: an APCModel to be filled."""
+def unpickled_model(content):
+    """For pickle: an APCModel with the attributes that were pickled as `content`."""
     with _our_modules() as ours:
         model_class = ours["apc_model"].APCModel
-        return model_class.__new__(model_class)
+        model = model_class.__new__(model_class)
+        model.__dict__ = pickle.loads(content)
+        return model
 
 
 @contextlib.contextmanager
@@ -68,18 +70,17 @@ def _take_modules():
 
 def _import_ours():
     """Import our modules from this folder, which torch.hub has put first on sys.path, and let
-    pickle find their classes, in this process and in others."""
+    models and extractors be unpickled by means of this file, in this process and in others."""
     import apc_model
     import load_pretrained
 
-    hub = types.ModuleType(HUB)
-    for module in (apc_model, sys.modules["formats.s3prl"]):
-        for name, value in vars(module).items():
-            if getattr(value, "__module__", None) == module.__name__:
-                value.__module__ = HUB
-                setattr(hub, name, value)
     load = functools.partial(torch.hub.load, os.path.dirname(__file__), source="local")
-    apc_model.APCModel.__reduce__ = lambda self: (load, ("empty_model",), self.__dict__)
-    extractor = load_pretrained.FeatureExtractor
-    extractor.__reduce__ = lambda self: (load, ("apc_features", *self.arguments))
-    sys.modules[HUB] = hub
+
+    def reduce_model(model):
+        with _our_modules():
+            return load, ("unpickled_model", pickle.dumps(model.__dict__))
+
+    apc_model.APCModel.__reduce__ = reduce_model
+    extractor_class = load_pretrained.FeatureExtractor
+    extractor_class.__reduce__ = lambda self: (load, ("apc_features", *self.arguments))
+    sys.modules[HUB] = types.ModuleType(HUB)

@@ -16,7 +16,7 @@ import argparse
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from apc_model import APCModel
-from formats.fbank import CMVN, FULL_SCALE, cmvn_stats, fbank_blocks, fbank_settings
+from formats.fbank import CMVN, FULL_SCALE, cmvn_stats, fbank, fbank_settings
 from formats.onnx import to_onnx
 from formats.s3prl import QuantizedPostnet, from_s3prl, rename_s3prl, to_s3prl
 from utils import (
@@ -96,9 +96,6 @@ def load_with_config(
         residual = False  # its residual connections are part of its blocks
     elif residual is None:
         residual = find_residual(path, config, unknown_residual)
-    residual_first = config.pop("residual_first", True)
-    if residual and not residual_first and mel_dim == rnn.hidden_size:
-        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
     rnn = rnn._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
     if prenet is not None:
         prenet = prenet._replace(dropout=config.get("prenet_dropout", 0.0))
@@ -134,8 +131,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = weight
     if config is not None:
         return from_s3prl(weights, config, path)
-    renamed = rename_s3prl(weights, path)
-    return renamed, flags if renamed is weights else {"residual_first": False}
+    return rename_s3prl(weights, path), flags
 
 
 def check_state_dict(value: Any, path: str | os.PathLike) -> dict[str, Tensor]:
@@ -155,7 +151,6 @@ def check_state_dict(value: Any, path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A .safetensors file -> its tensors by name. UserError if it is damaged."""
     import safetensors.torch
 
     try:
@@ -180,12 +175,11 @@ def infer_configs(weights: dict, path: str) -> tuple[int, PrenetConfig | None, R
             f"{path}: not an APC model: expected weights like rnns.0.weight_hh_l0 and "
             f"postnet.layer.weight, found {', '.join(list(weights)[:3]) or 'none'} ({error})"
         ) from None
-    prenet_layers = count_layers(weights, "prenet.layers.")
-    prenet = PrenetConfig(mel_dim, hidden_size, prenet_layers, 0.0) if prenet_layers else None
-    input_size = hidden_size if prenet_layers else mel_dim
-    rnn_layers = count_layers(weights, "rnns.")
-    rnn = RNNConfig(input_size, hidden_size, rnn_layers, 0.0, False, rnn_type)
-    return mel_dim, prenet, rnn
+    prenet, input_size = None, mel_dim
+    if prenet_layers := count_layers(weights, "prenet.layers."):
+        prenet, input_size = PrenetConfig(mel_dim, hidden_size, prenet_layers, 0.0), hidden_size
+    num_layers = count_layers(weights, "rnns.")
+    return mel_dim, prenet, RNNConfig(input_size, hidden_size, num_layers, 0.0, False, rnn_type)
 
 
 def count_layers(weights: dict, prefix: str) -> int:
@@ -206,10 +200,8 @@ def build_model(
         model.load_state_dict(weights)
         return model
     except (ValueError, RuntimeError) as error:
-        differences = " ".join(str(error).split()).removeprefix(
-            "Error(s) in loading state_dict for "
-        )
-        raise UserError(f"{path}: not the weights of an APC model: {differences}") from None
+        what = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ")
+        raise UserError(f"{path}: not the weights of an APC model: {what}") from None
 
 
 def model_flags(model: APCModel) -> dict:
@@ -288,12 +280,12 @@ def frame_settings(prepared: dict | None) -> tuple[dict, CMVN, np.ndarray | None
     return prepared["fbank"], cmvn, stats
 
 
-def parse_layer(name: str, model: APCModel) -> int | list[int] | slice | str:
-    """The flag --layer -> `layers`, as choose_layers() takes it."""
+def layer_chooser(name: str, model: APCModel) -> Callable[[Tensor], Tensor]:
+    """The flag --layer -> a function (L, B, T, H) -> ((layers,) B, T, H)."""
     if name == "mean":
-        return name
+        return lambda internal_reps: internal_reps.mean(dim=0)
     if name == "all":
-        return slice(None)
+        return lambda internal_reps: internal_reps
     numbers = [model.num_reps - 1] if name == "last" else []
     if re.fullmatch(r"\d{1,3}(,\d{1,3})*", name):
         numbers = [int(number) for number in name.split(",")]
@@ -302,12 +294,7 @@ def parse_layer(name: str, model: APCModel) -> int | list[int] | slice | str:
         if model.prenet is not None:
             choices[3] += " (the prenet's output)"
         raise UserError(f"--layer {name}: this model has: {', '.join(choices)}, or a list like 0,1")
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def choose_layers(internal_reps: Tensor, layers: int | list[int] | slice | str) -> Tensor:
-    """(L, B, T, H) -> ((layers,) B, T, H)."""
-    return internal_reps.mean(dim=0) if layers == "mean" else internal_reps[layers]
+    return lambda internal_reps: internal_reps[numbers if len(numbers) > 1 else numbers[0]]
 
 
 def check_length(model: APCModel, utt_id: str, num_frames: int) -> None:
@@ -332,25 +319,25 @@ def check_length(model: APCModel, utt_id: str, num_frames: int) -> None:
 
 @torch.inference_mode()
 def features_of(
-    model: APCModel, chunks: Iterable[Tensor], num_frames: int, layers: int | list | slice | str
+    model: APCModel, chunks: Iterable[Tensor], num_frames: int, choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """One utterance of any length -> its features ((layers,) T, H), on the CPU.
 
     Args:
         model: in eval mode.
-        chunks: the utterance's log-Mel frames, some of them (t, D) at a time.
-        num_frames: T. A GRU or LSTM takes the chunks one by one, in memory that does not grow.
-        layers: parse_layer().
+        chunks: the utterance's log-Mel frames, some of them (t, D) at a time. A GRU or LSTM takes
+            them one by one, so that only the features grow with the utterance.
+        num_frames: T.
+        choose: layer_chooser().
     """
     device = next(model.parameters()).device
     if model.rnn_type == "transformer":
         inputs = torch.cat([*chunks])[None].to(device)
-        internal_reps = model(inputs, [num_frames])[1]
-        return choose_layers(internal_reps, layers)[..., 0, :, :].cpu()
+        return choose(model(inputs, [num_frames])[1])[..., 0, :, :].cpu()
     features, state, done = None, None, 0
     for chunk in chunks:
         _, internal_reps, state = model.stream(chunk[None].to(device), state)
-        new = choose_layers(internal_reps, layers)[..., 0, :, :].cpu()  # ((layers,) t, H)
+        new = choose(internal_reps)[..., 0, :, :].cpu()  # ((layers,) t, H)
         if features is None:
             features = new.new_empty(*new.shape[:-2], num_frames, new.shape[-1])
         features[..., done : done + len(chunk), :] = new
@@ -387,7 +374,7 @@ class FeatureExtractor:
         self.arguments = (path, layer, device, residual, resample)
         self.audio, self.resample, self.longest = audio, resample, 0
         self.model, config = load_with_config(path, device, residual)
-        self.layers = parse_layer(str(layer), self.model)
+        self.choose = layer_chooser(str(layer), self.model)
         self.fbank, self.cmvn, self.stats = frame_settings(training_data(config, path))
         bins, mel_dim = self.fbank["num_mel_bins"], self.model.mel_dim
         if bins != mel_dim:
@@ -408,16 +395,15 @@ class FeatureExtractor:
         Raises:
             UserError: another sampling rate, several channels, a file that cannot be decoded.
         """
-        if isinstance(speech, str | os.PathLike):
-            name = os.path.splitext(os.path.basename(speech))[0]
-            recording = self.audio.Recording(name, os.fspath(speech))
-            options = {"settings": self.fbank, "resample": self.resample, "notes": []}
-            blocks = self.audio.read_fbank_blocks(recording, **options)
-        else:
-            name, samples = "samples", self._check(np.asarray(speech), sample_rate)
-            blocks = fbank_blocks([samples], self.fbank, name)
+        name = "samples"
         try:
-            frames = np.concatenate([*blocks])
+            if isinstance(speech, str | os.PathLike):
+                name = os.path.splitext(os.path.basename(speech))[0]
+                recording = self.audio.Recording(name, os.fspath(speech))
+                frames = self.audio.read_fbank(recording, self.fbank, resample=self.resample)
+            else:
+                samples = self._check(np.asarray(speech), sample_rate)
+                frames = fbank(samples, self.fbank, name)
         except BadUtterance as error:
             text = str(error).replace("--resample", "resample=True")
             text = text.replace("convert with --channel K, from 0", "pass one channel's samples")
@@ -427,7 +413,7 @@ class FeatureExtractor:
             self.longest = len(frames)
         stats = cmvn_stats(frames) if self.stats is None else self.stats
         frames = torch.from_numpy(self.cmvn.apply(frames, stats))
-        return features_of(self.model, frames.split(4096), len(frames), self.layers)
+        return features_of(self.model, frames.split(4096), len(frames), self.choose)
 
     def _check(self, samples, rate):
         """The caller's samples -> float32 in 16-bit range, at the model's sampling rate."""
@@ -438,14 +424,14 @@ class FeatureExtractor:
             raise UserError("samples: expected int16, or floating-point values in [-1, 1]")
         if samples.ndim != 1:
             raise UserError(f"samples: expected one channel (N,), found {samples.shape}")
-        if rate != expected and not (rate and self.resample):
+        samples = samples.astype(np.float32)
+        if rate == expected:
+            return samples
+        if not (rate and self.resample):
             raise UserError(
                 f"samples: expected a sampling rate of {expected:g} Hz, found {rate} "
                 "(resample=True converts others)"
             )
-        samples = samples.astype(np.float32)
-        if rate == expected:
-            return samples
         return np.concatenate([*self.audio.resample_blocks([samples], rate, expected)])
 
 
@@ -460,11 +446,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--to_s3prl", metavar="OUT", help="write a checkpoint for s3prl's upstream apc_local")
     add("--to_onnx", metavar="OUT", help="write a streaming model for ONNX Runtime")
-    add(
-        "--to_state_dict",
-        metavar="OUT",
-        help="write a state dict, and config.json in the same directory",
-    )
+    text = "write a state dict, and config.json in the same directory"
+    add("--to_state_dict", metavar="OUT", help=text)
     return parser
 
 
@@ -479,18 +462,18 @@ def add_residual_flags(group: argparse._ActionsContainer) -> None:
 
 def describe(model: APCModel) -> dict:
     """What a model is, for people."""
-    is_rnn = model.rnn_type != "transformer"
     about = {
-        "layers": f"{model.num_layers} {model.rnn_type.upper() if is_rnn else 'Transformer'}",
+        "layers": f"{model.num_layers} Transformer",
         "hidden size": model.hidden_size,
+        "mel_dim": model.mel_dim,
+        "parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
     }
-    if is_rnn:
+    if model.rnn_type != "transformer":
+        about["layers"] = f"{model.num_layers} {model.rnn_type.upper()}"
         about["residual"] = "yes" if model.rnn_residual else "no"
         about["prenet"] = f"{len(model.prenet.layers)} layers" if model.prenet else "none"
     if isinstance(model.postnet, QuantizedPostnet):
         about["codes"] = f"{len(model.postnet.logits.bias)} (VQ-APC), for predictions only"
-    about["mel_dim"] = model.mel_dim
-    about["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     return about
 
 
@@ -514,6 +497,33 @@ def describe_training(config: dict, name: str) -> dict:
     }
 
 
+def convert(model: APCModel, args: argparse.Namespace) -> None:
+    """Write the files that were asked for: none before all are made, and none over another."""
+    config, data = model.config, training_data(model.config, args.checkpoint)
+    files = []  # (path, function that writes, value)
+    if args.to_s3prl:
+        value = to_s3prl(model, data or {}, config.get("rnn_dropout", 0))
+        files.append((args.to_s3prl, save, value))
+    if args.to_onnx:
+        about = {"mel_dim": model.mel_dim, "time_shift": config.get("time_shift"), "data": data}
+        files.append((args.to_onnx, write_bytes, to_onnx(model, about)))
+    if args.to_state_dict:
+        folder, name = os.path.split(args.to_state_dict)
+        config = config | {"state_dict": name, "version": __version__}
+        if data:  # with every option in force
+            config["data"] = [data, *config["data"][1:]]
+        files.append((args.to_state_dict, save, model.state_dict()))
+        files.append((os.path.join(folder, "config.json"), write_json, config))
+    paths = [os.path.abspath(path) for path, _, _ in files]
+    for path in paths:
+        if os.path.exists(path) or paths.count(path) > 1:
+            raise UserError(f"{path}: exists already, or is named twice: choose another name")
+    for path, (_, write, value) in zip(paths, files):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write(value, path)
+        print(f"written: {path}")
+
+
 def write_bytes(content: bytes, path: str) -> None:
     with atomic_write(path) as file:
         file.write(content)
@@ -523,36 +533,11 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     setup_logging()
     set_numerics()
-    model, config = load_with_config(args.checkpoint, residual=args.residual)
+    model = load_pretrained(args.checkpoint, residual=args.residual)
     about = {"checkpoint": args.checkpoint} | describe(model)
-    for name, value in (about | describe_training(config, args.checkpoint)).items():
+    for name, value in (about | describe_training(model.config, args.checkpoint)).items():
         print(f"{name + ':':14}{value}")
-    if not (args.to_s3prl or args.to_onnx or args.to_state_dict):
-        return
-    data = training_data(config, args.checkpoint)
-    made = []  # (function that writes, what, path): nothing is written until all is made
-    if args.to_s3prl:
-        exported = to_s3prl(model, data or {}, config.get("rnn_dropout", 0))
-        made.append((save, exported, args.to_s3prl))
-    if args.to_onnx:
-        about = {"mel_dim": model.mel_dim, "time_shift": config.get("time_shift"), "data": data}
-        made.append((write_bytes, to_onnx(model, about), args.to_onnx))
-    if args.to_state_dict:
-        about = {"state_dict": os.path.basename(args.to_state_dict), "version": __version__}
-        if data:  # with every option in force
-            about["data"] = [data, *config["data"][1:]]
-        config_path = os.path.join(os.path.dirname(args.to_state_dict), "config.json")
-        made.append((save, model.state_dict(), args.to_state_dict))
-        made.append((write_json, config | about, config_path))
-    paths = [os.path.abspath(path) for _, _, path in made]
-    for path in paths:
-        if os.path.exists(path) or paths.count(path) > 1:
-            raise UserError(f"{path}: exists already, or is named twice: choose another name")
-    for path in paths:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    for write, value, path in made:
-        write(value, path)
-        print(f"written: {path}")
+    convert(model, args)
 
 
 if __name__ == "__main__":

@@ -120,14 +120,15 @@ def read_kaldi(path: str) -> tuple[str, int | None, Iterator]:
     with _damage(name):
         head = content.peek()
     _check_encoding(head, name)
+    is_file = content.raw is raw and size is not None and path != "-"
     if path.removesuffix(".gz").removesuffix(".xz").endswith(".scp"):
         kind, jobs = "scp", scp_jobs(content, name)
     elif re.match(rb"\S* \0B", head):
         kind, jobs = "binary archive", ark_jobs(content, name)
     elif re.match(rb"\s*\S+[ \t]+\[", head):
-        kind, jobs = "text archive", text_jobs(content, name, "]")
+        kind, jobs = "text archive", text_jobs(content, name, "]", is_file)
     else:
-        kind, jobs = "text dump", text_jobs(content, name, ".")
+        kind, jobs = "text dump", text_jobs(content, name, ".", is_file)
 
     def with_positions():
         job = None
@@ -173,10 +174,14 @@ def check_frames(
 # Text ---------------------------------------------------------------------------------------------
 
 
-def text_jobs(stream: BinaryIO, name: str, end_mark: str) -> Iterator[Callable]:
-    """Cut a text dump or archive into blocks of whole utterances, each the work of a job."""
+def text_jobs(stream: BinaryIO, name: str, end_mark: str, is_file: bool) -> Iterator[Callable]:
+    """Cut a text dump or archive into blocks of whole utterances, each the work of a job.
+
+    If `is_file`, jobs read their blocks from the file `name` again: that takes a quarter less time
+    than sending them to another process.
+    """
     last_end = re.compile(rb".*" + END[end_mark], re.DOTALL)
-    line, rest, size = 1, b"", BLOCK_SIZE
+    start, line, rest, size = 0, 1, b"", BLOCK_SIZE
     while new := stream.read(size):
         if b"\0" in new:
             raise UserError(f"{name}: expected a text dump, an archive or a .scp, found other data")
@@ -187,11 +192,21 @@ def text_jobs(stream: BinaryIO, name: str, end_mark: str) -> Iterator[Callable]:
             rest, size = block, len(block)
             continue
         end = found.end()
-        yield partial(parse_text, block[:end], line, name, end_mark)
-        line += block.count(b"\n", 0, end)
+        if is_file:
+            yield partial(parse_part, start, end, line, name, end_mark)
+        else:
+            yield partial(parse_text, block[:end], line, name, end_mark)
+        start, line = start + end, line + block.count(b"\n", 0, end)
         rest, size = block[end:], BLOCK_SIZE
     if rest.strip():
         yield partial(parse_text, rest.rstrip() + b"\n", line, name, end_mark)
+
+
+def parse_part(offset: int, size: int, first_line: int, name: str, end_mark: str) -> Iterator:
+    """parse_text() of the `size` bytes at `offset` of the file `name`."""
+    with open(name, "rb") as file:
+        file.seek(offset)
+        return parse_text(file.read(size), first_line, name, end_mark)
 
 
 def parse_text(block: bytes, first_line: int, name: str, end_mark: str) -> Iterator[tuple]:

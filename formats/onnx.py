@@ -19,10 +19,9 @@ from apc_model import APCModel
 from formats.s3prl import QuantizedPostnet
 from utils import UserError
 
-GATES = {"GRU": [1, 0, 2], "LSTM": [0, 3, 1, 2]}  # PyTorch's, in the order of ONNX's
-STATES = {"GRU": "h", "LSTM": "hc"}  # of a layer
+GATES = {"gru": [1, 0, 2], "lstm": [0, 3, 1, 2]}  # PyTorch's, in the order of ONNX's
+STATES = {"gru": "h", "lstm": "hc"}  # of a layer
 TOLERANCE = 1e-5
-MOST_BYTES = 2**31 - 2**20  # protobuf's limit, less room for all that is not weights
 
 
 def to_onnx(model: APCModel, about: dict) -> bytes:
@@ -43,11 +42,8 @@ def to_onnx(model: APCModel, about: dict) -> bytes:
         import onnx  # the package, not this module
         import onnxruntime
     except ImportError as error:
-        raise UserError(
-            f"--to_onnx needs {error.name}: pip install -r requirements-onnx.txt"
-        ) from None
-    if sum(weight.nbytes for weight in model.parameters()) > MOST_BYTES:
-        raise UserError("an .onnx file cannot hold this model: its weights take 2 GiB or more")
+        text = f"--to_onnx needs {error.name}: pip install -r requirements-onnx.txt"
+        raise UserError(text) from None
     text, tensors = graph(model)
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.extend(
@@ -65,15 +61,33 @@ def to_onnx(model: APCModel, about: dict) -> bytes:
 
 def graph(model: APCModel) -> tuple[str, dict[str, np.ndarray]]:
     """A model -> its network in ONNX's text format, and the tensors that it names."""
-    kind = model.rnn_type.upper()
-    mel_dim, hidden_size, num_layers = model.mel_dim, model.hidden_size, model.num_layers
-    states = [f"{name}{i}" for name in STATES[kind] for i in range(num_layers)]
-    tensors = {"zero": np.array([0]), "one": np.array([1])}
-    reps = []
+    mel_dim, hidden_size = model.mel_dim, model.hidden_size
+    layers, reps, tensors = network(model)
+    names = STATES[model.rnn_type]
+    states = [f"{name}{i}" for name in names for i in range(model.num_layers)]
     lines = [
         "frames = Transpose <perm = [1, 0, 2]> (chunk)",  # (T, B, D)
         f"{', '.join(states)} = Split <axis = 0, num_outputs = {len(states)}> (state)",  # (1, B, H)
+        *layers,
+        "predicted_mel = Transpose <perm = [1, 0, 2]> (postnet)",
+        *(f"stacked_{rep} = Unsqueeze ({rep}, zero)" for rep in reps),  # (1, T, B, H)
+        f"reps = Concat <axis = 0> ({', '.join(f'stacked_{rep}' for rep in reps)})",
+        "internal_reps = Transpose <perm = [0, 2, 1, 3]> (reps)",
+        f"new_state = Concat <axis = 0> ({', '.join(f'new_{name}' for name in states)})",
     ]
+    state_type = f"float[{len(states)}, B, {hidden_size}]"
+    return (
+        '<ir_version: 8, opset_import: ["": 18]> '
+        f"apc (float[B, T, {mel_dim}] chunk, {state_type} state) => "
+        f"(float[B, T, {mel_dim}] predicted_mel, "
+        f"float[{len(reps)}, B, T, {hidden_size}] internal_reps, {state_type} new_state) "
+        f"{{ {' '.join(lines)} }}"
+    ), tensors
+
+
+def network(model: APCModel) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+    """From `frames` to `postnet` -> lines, names of the layers' outputs, tensors by name."""
+    lines, reps, tensors = [], [], {"zero": np.array([0]), "one": np.array([1])}
 
     def linear(name, layer, x):
         tensors[f"{name}_weight"] = layer.weight.detach().flatten(1).T.numpy()
@@ -88,44 +102,30 @@ def graph(model: APCModel) -> tuple[str, dict[str, np.ndarray]]:
         lines.append(f"{x} = Relu (linear{i})")
     if model.prenet:
         reps.append(x)
+    options = f"hidden_size = {model.hidden_size}"
+    if model.rnn_type == "gru":
+        options += ", linear_before_reset = 1"  # as in PyTorch
     for i, rnn in enumerate(model.rnns):
         w, r, *biases = (  # (gates * H, ...) each
-            weight.detach().unflatten(0, (-1, hidden_size))[GATES[kind]].flatten(0, 1)
+            weight.detach().unflatten(0, (-1, rnn.hidden_size))[GATES[model.rnn_type]].flatten(0, 1)
             for weight in (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
         )
         weights = {f"w{i}": w, f"r{i}": r, f"b{i}": torch.cat(biases)}
         tensors |= {name: weight[None].numpy() for name, weight in weights.items()}
-        state = [f"{name}{i}" for name in STATES[kind]]
-        options = f"hidden_size = {hidden_size}"
-        if kind == "GRU":
-            options += ", linear_before_reset = 1"  # as in PyTorch
+        states = [f"{name}{i}" for name in STATES[model.rnn_type]]
         lines += [
-            f"y{i}, {', '.join(f'new_{name}' for name in state)} = {kind} <{options}> "
-            f"({x}, {', '.join(weights)}, , {', '.join(state)})",  # (T, 1, B, H), (1, B, H)
-            f"outputs{i} = Squeeze (y{i}, one)",  # (T, B, H)
+            f"y{i}, {', '.join(f'new_{name}' for name in states)} = {model.rnn_type.upper()} "
+            f"<{options}> ({x}, {', '.join(weights)}, , {', '.join(states)})",
+            f"outputs{i} = Squeeze (y{i}, one)",  # (T, 1, B, H) -> (T, B, H)
         ]
         outputs = f"outputs{i}"
-        if model.rnn_residual and rnn.input_size == hidden_size:
+        if model.rnn_residual and rnn.input_size == model.hidden_size:
             outputs = f"sum{i}"
             lines.append(f"{outputs} = Add (outputs{i}, {x})")
         reps.append(outputs)
         x = outputs
     linear("postnet", model.postnet.layer, x)
-    lines += [f"stacked_{rep} = Unsqueeze ({rep}, zero)" for rep in reps]  # (1, T, B, H)
-    lines += [
-        "predicted_mel = Transpose <perm = [1, 0, 2]> (postnet)",
-        f"reps = Concat <axis = 0> ({', '.join(f'stacked_{rep}' for rep in reps)})",
-        "internal_reps = Transpose <perm = [0, 2, 1, 3]> (reps)",
-        f"new_state = Concat <axis = 0> ({', '.join(f'new_{name}' for name in states)})",
-    ]
-    state_type = f"float[{len(states)}, B, {hidden_size}]"
-    return (
-        '<ir_version: 8, opset_import: ["": 18]> '
-        f"apc (float[B, T, {mel_dim}] chunk, {state_type} state) => "
-        f"(float[B, T, {mel_dim}] predicted_mel, "
-        f"float[{len(reps)}, B, T, {hidden_size}] internal_reps, {state_type} new_state) "
-        f"{{ {' '.join(lines)} }}"
-    ), tensors
+    return lines, reps, tensors
 
 
 @torch.inference_mode()

@@ -55,15 +55,13 @@ class QuantizedPostnet(Postnet):
 
 
 def rename(weights: dict, prefixes: dict[str, str]) -> dict:
-    """Replace the first of `prefixes` with which a weight's name starts."""
-    renamed = {}
-    for name, weight in weights.items():
-        for old, new in prefixes.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        renamed[name] = weight
-    return renamed
+    """Replace the prefixes of the weights' names: {old: new}."""
+    for old, new in prefixes.items():
+        weights = {
+            new + name.removeprefix(old) if name.startswith(old) else name: weight
+            for name, weight in weights.items()
+        }
+    return weights
 
 
 def rename_s3prl(weights: dict, path: str) -> dict[str, Tensor]:
@@ -96,23 +94,21 @@ def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor
     weights = {name: weight for name, weight in weights.items() if name not in quantizer}
     weights = rename_s3prl(weights, path) | rename(quantizer, VQ_FROM_S3PRL)
     try:
-        sound, paras = dict(config["data"]["audio"]), config["model"]["paras"]
+        sound, paras = config["data"]["audio"], config["model"]["paras"]
         flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
-        flags["residual_first"] = False  # its residual connections never reach the first layer
-        feat_type = sound.pop("feat_type")
-        if feat_type != "fbank":
-            raise UserError(f"{path}: its features are {feat_type!r}, expected 'fbank'")
-        sound.pop("decode_wav", None)
-        cmvn = "utterance" if sound.pop("cmvn", True) else "none"
-        fbank = {"num_mel_bins": int(sound["feat_dim"])} | S3PRL_FBANK
-        for name, value in sound.items():
-            if name not in FBANK_NAMES:
-                raise UserError(f"{path}: its audio setting {name} is not supported")
-            fbank[FBANK_NAMES[name]] = value
-    except UserError:
-        raise
+        feat_type, mel_dim = sound["feat_type"], int(sound["feat_dim"])
+        hidden_size, cmvn = paras["hidden_size"], "utterance" if sound.get("cmvn", True) else "none"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: missing or invalid in s3prl's config: {error}") from None
+    if feat_type != "fbank":
+        raise UserError(f"{path}: its features are {feat_type!r}, expected 'fbank'")
+    unknown = sound.keys() - {"feat_type", "cmvn", "decode_wav", *FBANK_NAMES}
+    if unknown:
+        raise UserError(f"{path}: its audio setting {min(unknown)} is not supported")
+    if flags["rnn_residual"] and hidden_size == mel_dim:  # there, never of the first layer
+        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
+    fbank = {ours: sound[name] for name, ours in FBANK_NAMES.items() if name in sound}
+    fbank = S3PRL_FBANK | fbank | {"num_mel_bins": mel_dim}
     data = {"source": "audio", "fbank": fbank, "cmvn": cmvn}
     if cmvn == "utterance":
         data |= {"norm_vars": True, "unbiased_vars": True}
