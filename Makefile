@@ -30,7 +30,7 @@ demo: .venv/runtime
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 bench: .venv/runtime
 	for stage in train_step busy prepare_dump prepare_audio extract; do \

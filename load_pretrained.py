@@ -96,6 +96,9 @@ def load_with_config(
         residual = False  # its residual connections are part of its blocks
     elif residual is None:
         residual = find_residual(path, config, unknown_residual)
+    # There the first layer is never residual.
+    if config.pop("is_s3prl", False) and residual and mel_dim == rnn.hidden_size:
+        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
     rnn = rnn._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
     if prenet is not None:
         prenet = prenet._replace(dropout=config.get("prenet_dropout", 0.0))
@@ -130,8 +133,10 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         # DataParallel's and torch.compile's prefixes
         weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = weight
     if config is not None:
-        return from_s3prl(weights, config, path)
-    return rename_s3prl(weights, path), flags
+        weights, flags = from_s3prl(weights, config, path)
+        return weights, flags | {"is_s3prl": True}
+    renamed = rename_s3prl(weights, path)
+    return renamed, flags if renamed is weights else {"is_s3prl": True}
 
 
 def check_state_dict(value: Any, path: str | os.PathLike) -> dict[str, Tensor]:

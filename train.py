@@ -218,13 +218,15 @@ def open_loader(
     return build_loader(dataset, sampler, args.load_data_workers, device, persistent=True)
 
 
-def fingerprint(train_sets: list[LibriSpeech]) -> list[int]:
-    """The training data's utterances, frames, and a checksum of names, lengths and settings."""
+def describe_data(train_sets: list[LibriSpeech]) -> dict:
+    """What a run keeps of its training data: "data" (prepared.json), and "data_fingerprint":
+    utterances, frames, and a checksum of names, lengths and settings."""
     table = [(name, split.lengths[name]) for split in train_sets for name in split.ids]
     elsewhere = dict.fromkeys(("path", "utt2spk", "version"))  # data may move
     settings = [(split.prepared or {}) | elsewhere for split in train_sets]
     checksum = zlib.crc32(json.dumps([table, settings]).encode())
-    return [len(table), sum(frames for _, frames in table), checksum]
+    fingerprint = [len(table), sum(frames for _, frames in table), checksum]
+    return {"data": [split.prepared for split in train_sets], "data_fingerprint": fingerprint}
 
 
 def build_model(args: argparse.Namespace) -> APCModel:
@@ -257,6 +259,12 @@ def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpee
         raise UserError(f"{path}: its weights are not finite")
     model.load_state_dict(loaded.state_dict())
     warn_of_other_data(training_data(config, path), train_set)
+
+
+def build_optimizer(args: argparse.Namespace, model: APCModel) -> optim.Optimizer:
+    # Adadelta keeps its own rate, as in the original release.
+    rate = {} if args.optimizer == "adadelta" else {"lr": args.learning_rate}
+    return OPTIMIZERS[args.optimizer](model.parameters(), **rate)
 
 
 def build_schedule(
@@ -418,7 +426,7 @@ def name_bad_utterances(inputs: Tensor, ids: list[str], what: str) -> None:
 
 
 def train_epoch(
-    parts: dict, schedule, loader, received: list, args, seq_len: int, progress: Progress, run
+    parts: dict, schedule, loader: DataLoader, received: list, args, progress: Progress, run
 ) -> int | None:
     """Train from `progress` to the epoch's end, or to --max_steps -> a signal to stop by, or None.
 
@@ -427,7 +435,7 @@ def train_epoch(
         run: the RunFolder that checkpoints and metrics go to.
     """
     parts["model"].train()
-    sampler = loader.batch_sampler
+    sampler, seq_len = loader.batch_sampler, loader.dataset.datasets[0].seq_len
     sampler.set_epoch(progress.epoch, progress.batch)
     bar = progress_bar(
         zip(sampler.whole_batches(), read_batches(loader)),
@@ -451,12 +459,7 @@ def train_epoch(
         speed, start = whole.frames / (now - start), now
         losses = sums.means(args.time_shift, seq_len)
         bar.set_postfix_str(f"loss {trained_loss(losses, args):.4f}, {speed:.0f} frames/s", False)
-        others = {"gradient norm": norm, "frames per second": speed}
-        others |= {"skipped steps": progress.skipped}
-        if parts["scaler"].is_enabled():
-            others["overflow steps"] = progress.overflows
-        if args.lr_schedule != "constant" or args.warmup_steps:
-            others["learning rate"] = rate
+        others = step_metrics(args, norm, speed, rate, progress)
         run.log("step", progress.step - 1, {"training loss": losses}, others, progress)
         if progress.skipped_in_a_row:
             name_bad_utterances(inputs, ids, f"step {progress.step - 1} is skipped")
@@ -473,16 +476,27 @@ def train_epoch(
     return None
 
 
+def step_metrics(args, norm: float, speed: float, rate: float, progress: Progress) -> dict:
+    """What is logged of a step beside its loss; that which never changes is left out."""
+    metrics = {"gradient norm": norm, "frames per second": speed}
+    metrics["skipped steps"] = progress.skipped
+    if args.precision != "fp32":
+        metrics["overflow steps"] = progress.overflows
+    if args.lr_schedule != "constant" or args.warmup_steps:
+        metrics["learning rate"] = rate
+    return metrics
+
+
 # Evaluation ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(
-    model: APCModel, loader, received: list, args: argparse.Namespace, seq_len: int
+    model: APCModel, loader: DataLoader, received: list, args: argparse.Namespace
 ) -> tuple[MeanLosses, int | None]:
     """The validation set's losses, and a signal that interrupted their computation, or None."""
     model.eval()
-    n, bias = args.time_shift, model.postnet.layer.bias
+    n, bias, seq_len = args.time_shift, model.postnet.layer.bias, loader.dataset.datasets[0].seq_len
     valid = padding = 0.0
     for batch_inputs, batch_lengths, ids in read_batches(loader):
         [(inputs, lengths)] = micro_batches(batch_inputs, batch_lengths, 1, args, bias.device)
@@ -541,7 +555,7 @@ MAY_CHANGE_ON_RESUME = {
 class RunFolder:
     """<store_path>/<experiment_name>.dir: checkpoints, metrics, log. Only rank 0 writes there.
 
-    `data` is what it keeps of the training data: "data" (prepared.json) and "data_fingerprint".
+    `data` is describe_data().
     """
 
     def __init__(self, args: argparse.Namespace, rank: int, data: dict):
@@ -552,8 +566,15 @@ class RunFolder:
         self.writer = None  # TensorBoard's
         self.can_draw = True
 
-    def has_checkpoint(self) -> bool:
-        """Whether there is a run to resume. UserError rather than overwrite a run."""
+    def is_resumed(self, world_size: int) -> bool:
+        """Whether there is a run to resume, as rank 0 sees it."""
+        found = torch.tensor(int(self.rank == 0 and self._has_checkpoint()))
+        if world_size > 1:
+            dist.broadcast(found, src=0)
+        return bool(found)
+
+    def _has_checkpoint(self):
+        """UserError rather than overwrite a run."""
         if self.args.resume and os.path.exists(os.path.join(self.path, "last.ckpt")):
             return True
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
@@ -733,6 +754,20 @@ def announce(args, model, train_loader, valid_loader, device, world_size, run, p
         logging.info(line)
 
 
+def end_epoch(
+    model, training, validation, train_loader, valid_loader, args, progress: Progress, run
+) -> None:
+    """Log the losses; record the epoch if it is whole, and not cut by --max_steps."""
+    train_loss, valid_loss = trained_loss(training, args), trained_loss(validation, args)
+    losses = f"Training Loss: {train_loss:.5f} Validation Loss: {valid_loss:.5f}"
+    logging.info(f"Epoch: {progress.epoch + 1} {losses}")
+    if progress.batch == len(train_loader.batch_sampler):
+        losses = {"training loss": training, "validation loss": validation}
+        run.log("epoch", progress.step, losses, {}, progress)
+        run.draw(model, valid_loader.dataset, progress.epoch)
+        progress.end_epoch(valid_loss)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup_logging()
@@ -746,17 +781,12 @@ def main(argv: list[str] | None = None) -> None:
     train_sets, valid_set = open_data(args)
     train_loader = open_loader(train_sets, True, args, device, rank, world_size)
     valid_loader = open_loader([valid_set], False, args, device, rank, world_size)
-    data = {"data": [split.prepared for split in train_sets]}
-    data["data_fingerprint"] = fingerprint(train_sets)
-    run = RunFolder(args, rank, data)
-    resuming = torch.tensor(int(rank == 0 and run.has_checkpoint()))
-    if world_size > 1:
-        dist.broadcast(resuming, src=0)
+    run = RunFolder(args, rank, describe_data(train_sets))
+    resuming = run.is_resumed(world_size)
 
     torch.manual_seed(args.seed % 2**64)
     model = build_model(args).to(device)
-    rate = {} if args.optimizer == "adadelta" else {"lr": args.learning_rate}
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **rate)
+    optimizer = build_optimizer(args, model)
     # bf16 needs a scaler too: on CUDA, PyTorch's autocast computes RNN layers in fp16 all the same.
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision != "fp32")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -773,24 +803,17 @@ def main(argv: list[str] | None = None) -> None:
     if not resuming:
         run.save(parts, progress)
 
-    seq_len, stop = train_sets[0].seq_len, None
+    stop = None
     while progress.epoch < args.epochs and not stop:
         is_cut = progress.batch < epoch_steps
         if args.max_steps and progress.step >= args.max_steps and is_cut:
             break
-        stop = train_epoch(parts, schedule, train_loader, received, args, seq_len, progress, run)
+        stop = train_epoch(parts, schedule, train_loader, received, args, progress, run)
         if not stop:
-            validation, stop = evaluate(model, valid_loader, received, args, valid_set.seq_len)
+            validation, stop = evaluate(model, valid_loader, received, args)
         if not stop:
-            training = progress.sums.means(args.time_shift, seq_len)
-            losses = f"Training Loss: {trained_loss(training, args):.5f} "
-            losses += f"Validation Loss: {trained_loss(validation, args):.5f}"
-            logging.info(f"Epoch: {progress.epoch + 1} {losses}")
-            if progress.batch == epoch_steps:  # not cut by --max_steps
-                losses = {"training loss": training, "validation loss": validation}
-                run.log("epoch", progress.step, losses, {}, progress)
-                run.draw(model, valid_loader.dataset, progress.epoch)
-                progress.end_epoch(trained_loss(validation, args))
+            training = progress.sums.means(args.time_shift, train_sets[0].seq_len)
+            end_epoch(model, training, validation, train_loader, valid_loader, args, progress, run)
         run.save(parts, progress)
     if stop:
         logging.info(f"stopped by {stop.name} after {progress.step} steps; use --resume")

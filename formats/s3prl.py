@@ -97,7 +97,7 @@ def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor
         sound, paras = config["data"]["audio"], config["model"]["paras"]
         flags = {"rnn_residual": bool(paras["residual"]), "rnn_dropout": float(paras["dropout"])}
         feat_type, mel_dim = sound["feat_type"], int(sound["feat_dim"])
-        hidden_size, cmvn = paras["hidden_size"], "utterance" if sound.get("cmvn", True) else "none"
+        cmvn = "utterance" if sound.get("cmvn", True) else "none"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: missing or invalid in s3prl's config: {error}") from None
     if feat_type != "fbank":
@@ -105,8 +105,6 @@ def from_s3prl(weights: dict, config: dict, path: str) -> tuple[dict[str, Tensor
     unknown = sound.keys() - {"feat_type", "cmvn", "decode_wav", *FBANK_NAMES}
     if unknown:
         raise UserError(f"{path}: its audio setting {min(unknown)} is not supported")
-    if flags["rnn_residual"] and hidden_size == mel_dim:  # there, never of the first layer
-        raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
     fbank = {ours: sound[name] for name, ours in FBANK_NAMES.items() if name in sound}
     fbank = S3PRL_FBANK | fbank | {"num_mel_bins": mel_dim}
     data = {"source": "audio", "fbank": fbank, "cmvn": cmvn}

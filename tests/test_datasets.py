@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import Hostile, hostile_files, make_folder
 
-import datasets
 from datasets import (
     BatchSampler,
     LibriSpeech,
@@ -24,7 +23,7 @@ from datasets import (
     read_batches,
     warn_of_other_data,
 )
-from utils import UserError, kill_workers, write_json
+from utils import UserError, write_json
 
 
 def write_lengths(path, lengths, protocol=4):
@@ -241,19 +240,6 @@ def test_workers_ignore_signals_to_the_process_group_but_a_killed_one_is_noticed
     with pytest.raises((UserError, RuntimeError), match="DataLoader worker"):
         time.sleep(1)
         list(batches)
-
-
-class Slow(Utterances):
-    def __getitem__(self, index):
-        time.sleep(60)
-
-
-def test_a_loader_that_hangs_times_out(two_folders, monkeypatch):
-    monkeypatch.setattr(datasets, "TIMEOUT", 1)
-    slow = Slow(two_folders[0].datasets)
-    with pytest.raises(UserError, match="within 1 s.*--load_data_workers 0"):
-        list(read_batches(open_loader(slow, num_workers=1)))
-    kill_workers()
 
 
 def test_more_workers_than_cores_are_no_warning(two_folders, recwarn, monkeypatch):
