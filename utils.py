@@ -118,7 +118,10 @@ def add_group(parser: argparse.ArgumentParser, title: str) -> Callable:
     group = parser.add_argument_group(title)
 
     def add(*names, help, **options):
-        if options.get("default") is not None:
+        default = options.get("default")
+        if isinstance(default, list):
+            help = f"{help} (default: {' '.join(default)})"
+        elif default is not None:
             help = f"{help} (default: %(default)s)"
         return group.add_argument(*names, help=help, **options)
 
