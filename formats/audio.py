@@ -69,7 +69,7 @@ def add_flags(parser) -> None:
     add(
         "--ids_from_paths",
         action="store_true",
-        help="make utterance ids of whole paths below the input, joined with '-' (default: file names)",
+        help="make ids of paths below the input, joined with '-' (default: file names)",
     )
     add(
         "--pattern",
