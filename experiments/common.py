@@ -262,7 +262,7 @@ def plot_accuracy(paths, image):
             else:
                 axes.plot(accuracies, marker="o", label=row)
         axes.set(title=found["title"], xlabel="layer", ylabel="frame accuracy, linear probe, %")
-        axes.set_xticks(range(4))
+        axes.set_xticks(range(max(map(len, found["rows"].values()))))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small")
     with atomic_write(image) as file:

@@ -83,7 +83,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     recordings = make_data(args.clone, args.work_dir)
     rows = common.make_rows(args, RUNS, recordings)
-    title = "Mboshi: field recordings of a language that no model had heard"
+    title = "Mboshi: four hours of field recordings"
     texts = {"title": title, "speakers": SPEAKERS}
     common.report(args, "mboshi", rows, [(FROM_PRETRAINED, "APC, n = 3")], **texts)
 
