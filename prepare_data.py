@@ -141,13 +141,13 @@ def open_audio(args: argparse.Namespace) -> Source:
 def open_kaldi(args: argparse.Namespace) -> Source:
     path, utt2spk = args.librispeech_from_kaldi, {}
     if args.cmvn == "speaker":
-        beside = os.path.join(os.path.dirname(path), "utt2spk")
-        if not args.utt2spk and (path == "-" or not os.path.exists(beside)):
+        neighbour = os.path.join(os.path.dirname(path), "utt2spk")
+        if not args.utt2spk and (path == "-" or not os.path.exists(neighbour)):
             raise UserError(
                 f"{path}: --cmvn speaker needs speaker labels, but no utt2spk was found next to "
                 f"the input: use {WAYS_OUT}"
             )
-        utt2spk = kaldi.read_utt2spk(args.utt2spk or beside)
+        utt2spk = kaldi.read_utt2spk(args.utt2spk or neighbour)
     kind, size, jobs = kaldi.read_kaldi(path)
     return Source(path, kind, size, jobs, utt2spk, [], [], None)
 

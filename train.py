@@ -277,7 +277,7 @@ def build_optimizer(args: argparse.Namespace, model: APCModel) -> optim.Optimize
 def build_schedule(
     args: argparse.Namespace, optimizer: optim.Optimizer, step: int, steps_per_epoch: int
 ) -> optim.lr_scheduler.LRScheduler:
-    """The learning rate of each step, from `step` on: it follows from the flags alone."""
+    """The learning rate of each step, from `step` on: it follows only from the flags."""
     warmup = args.warmup_steps
     total = min(args.max_steps or math.inf, args.epochs * steps_per_epoch)
 
@@ -484,7 +484,7 @@ def train_epoch(
 
 
 def step_metrics(args, norm: float, speed: float, rate: float, progress: Progress) -> dict:
-    """What is logged of a step beside its loss; that which never changes is left out."""
+    """What is logged of a step besides its loss, if it can change."""
     metrics = {"gradient norm": norm, "frames per second": speed}
     metrics["skipped steps"] = progress.skipped
     if args.precision != "fp32":
