@@ -200,7 +200,7 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
 
 
 class BatchSampler(data.Sampler):
-    """Batches of indices, whose order follows from (seed, epoch) alone: any epoch can be resumed.
+    """Batches of indices, whose order follows only from (seed, epoch): any epoch can be resumed.
 
     With `bucketing`, a shuffled epoch is cut into windows of 100 batches, each window is sorted by
     length and cut into batches, and the batches are shuffled: a batch's utterances are about

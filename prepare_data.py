@@ -67,9 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cmvn", choices=CMVN_KINDS, help=cmvn)
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
     add("--as_s3prl", action="store_true", help="compute fbank and CMVN of audio exactly as s3prl")
-    add("--sample_rate", type=positive, default=16000, help="rate of the audio in Hz")
-    add("--num_mel_bins", type=positive, default=80, help="mel_dim, for audio")
-    noise = "noise added to audio, standard deviation in 16-bit steps; the original had 1"
+    add("--sample_rate", type=positive, default=16000, help="sampling rate in Hz, for audio")
+    add("--num_mel_bins", type=positive, default=80, help="number of log-Mel bins, for audio")
+    noise = "standard deviation of noise to add to audio, in 16-bit steps (the original: 1)"
     add("--dither", type=float, default=0.0, help=noise)
     add = add_group(parser, "output")
     save_dir = "./librispeech_data/preprocessed/dev-clean"
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for_audio = ("ids_from_paths", "pattern", "resample", "channel")
     for name in (*for_audio, "num_mel_bins", "sample_rate", "dither"):
         if not from_audio and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is for --librispeech_from_audio")
+            parser.error(f"--{name} is for --audio")
     if args.as_s3prl:
         is_its_way = args.cmvn in (None, "utterance") and args.sample_rate == 16000
         if not from_audio or not is_its_way or args.dither:
@@ -141,13 +141,13 @@ def open_audio(args: argparse.Namespace) -> Source:
 def open_kaldi(args: argparse.Namespace) -> Source:
     path, utt2spk = args.librispeech_from_kaldi, {}
     if args.cmvn == "speaker":
-        beside = os.path.join(os.path.dirname(path), "utt2spk")
-        if not args.utt2spk and (path == "-" or not os.path.exists(beside)):
+        neighbour = os.path.join(os.path.dirname(path), "utt2spk")
+        if not args.utt2spk and (path == "-" or not os.path.exists(neighbour)):
             raise UserError(
                 f"{path}: --cmvn speaker needs speaker labels, but no utt2spk was found next to "
                 f"the input: use {WAYS_OUT}"
             )
-        utt2spk = kaldi.read_utt2spk(args.utt2spk or beside)
+        utt2spk = kaldi.read_utt2spk(args.utt2spk or neighbour)
     kind, size, jobs = kaldi.read_kaldi(path)
     return Source(path, kind, size, jobs, utt2spk, [], [], None)
 

@@ -98,7 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--experiment_name", default="foo", help="name of the run")
     add("--store_path", default="./logs", help="parent of the run's folder")
     add("--save_steps", type=positive, default=1000, help="steps between writes of last.ckpt")
-    add("--keep_epochs", type=positive, metavar="K", help="keep only the newest K models, the best")
+    add(
+        "--keep_epochs",
+        type=positive,
+        metavar="K",
+        help="keep only the newest K models and the best",
+    )
     add("--resume", action="store_true", help="continue exactly from last.ckpt, if there is one")
 
     add = add_group(parser, "model")
@@ -115,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = add_group(parser, "optimisation")
     add("--time_shift", type=positive, default=1, help="n, how many frames ahead to predict")
-    add("--optimizer", choices=OPTIMIZERS, default="adam", help="adadelta has its own rate, 1.0")
+    add(
+        "--optimizer", choices=OPTIMIZERS, default="adam", help="optimizer; adadelta keeps rate 1.0"
+    )
     add("--batch_size", type=positive, default=32, help="utterances per step, over all processes")
     add("--learning_rate", type=float, default=0.0001, help="learning rate, after the warm-up")
     schedules = ["constant", "cosine"]
@@ -132,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = add_group(parser, "hardware")
     devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", choices=devices, default="auto", help="where to compute")
+    add("--device", choices=devices, default="auto", help="device to compute on")
     text = "autocast precision; weights stay fp32 (on CUDA, autocast computes RNNs in fp16 always)"
     add("--precision", choices=DTYPES, default="fp32", help=text)
     add("--tf32", action="store_true", help="compute fp32 in TensorFloat-32 on CUDA")
@@ -270,7 +277,7 @@ def build_optimizer(args: argparse.Namespace, model: APCModel) -> optim.Optimize
 def build_schedule(
     args: argparse.Namespace, optimizer: optim.Optimizer, step: int, steps_per_epoch: int
 ) -> optim.lr_scheduler.LRScheduler:
-    """The learning rate of each step, from `step` on: it follows from the flags alone."""
+    """The learning rate of each step, from `step` on: it follows only from the flags."""
     warmup = args.warmup_steps
     total = min(args.max_steps or math.inf, args.epochs * steps_per_epoch)
 
@@ -477,7 +484,7 @@ def train_epoch(
 
 
 def step_metrics(args, norm: float, speed: float, rate: float, progress: Progress) -> dict:
-    """What is logged of a step beside its loss; that which never changes is left out."""
+    """What is logged of a step besides its loss, if it can change."""
     metrics = {"gradient norm": norm, "frames per second": speed}
     metrics["skipped steps"] = progress.skipped
     if args.precision != "fp32":

@@ -72,7 +72,10 @@ def exit_status(main: Callable[[], None]) -> int:
         main()
         return 0
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        message = " ".join(message.split()) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: lower --batch_size; when training, --accumulate_steps K"
         elif isinstance(error, RuntimeError) and not message.startswith("DataLoader worker"):
@@ -118,7 +121,10 @@ def add_group(parser: argparse.ArgumentParser, title: str) -> Callable:
     group = parser.add_argument_group(title)
 
     def add(*names, help, **options):
-        if options.get("default") is not None:
+        default = options.get("default")
+        if isinstance(default, list):
+            help = f"{help} (default: {' '.join(default)})"
+        elif default is not None:
             help = f"{help} (default: %(default)s)"
         return group.add_argument(*names, help=help, **options)
 

@@ -95,7 +95,7 @@ def gpu_idle(function):
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     )
     busy, done = 0, 0
-    for start, end in kernels:  # in microseconds; some run beside each other
+    for start, end in kernels:  # in microseconds; some run at the same time
         busy += max(0, end - max(start, done))
         done = max(done, end)
     return 1 - busy / 1e6 / seconds

@@ -1,4 +1,4 @@
-"""Preparing audio against kaldi-native-fbank alone, on all cores.
+"""Preparing audio against only kaldi-native-fbank, on all cores.
 
     python benchmarks/prepare_audio.py
     python benchmarks/prepare_audio.py --format wav
@@ -6,7 +6,7 @@
 
 prepare_data.py decodes files, computes the features, normalises them by speaker and writes padded
 tensors. The other side computes the features of samples that are in memory already, and drops them.
-Start-up is left out. Times are the best of --rounds rounds, in which the sides take turns.
+Start-up is not counted. Times are the best of --rounds rounds, in which the sides take turns.
 """
 
 import argparse
@@ -95,11 +95,11 @@ def main():
                     ours.append(common.clock(partial(prepare_data.main, flags)))
     hours = args.utterances * SECONDS / 3600
     absolute = (
-        f"{hours / min(ours) * 60:.2f} against {hours / min(alone) * 60:.2f} hours a minute; "
+        f"{hours / min(ours) * 60:.2f} against {hours / min(alone) * 60:.2f} hours per minute; "
         f"{size / hours / 1e6:.0f} MB an hour"
     )
     ratio = f"{min(alone) / min(ours):.2f}"
-    common.row(f"{args.format} to tensors", f"fbank alone, {cores} processes", ratio, absolute)
+    common.row(f"{args.format} to tensors", f"fbank only, {cores} processes", ratio, absolute)
 
 
 if __name__ == "__main__":

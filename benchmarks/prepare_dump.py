@@ -3,7 +3,8 @@
     python benchmarks/prepare_dump.py
 
 The dump is made up: noise, six decimals a number. Both sides read it from the file and write padded
-tensors; start-up is left out. Times are the best of --rounds rounds, in which the sides take turns.
+tensors; start-up is not counted. Times are the best of --rounds rounds, in which the sides take
+turns.
 """
 
 import argparse

@@ -64,14 +64,18 @@ def add_flags(parser) -> None:
         "--utt2spk",
         metavar="FILE",
         help="Kaldi's list of utterances and their speakers (default: the one in a data directory "
-        "or next to feats.scp; else the first folder below DIR is the speaker)",
+        "or next to feats.scp; else the first folder below the input is the speaker)",
     )
     add(
         "--ids_from_paths",
         action="store_true",
-        help="make utterance ids of whole paths below DIR, joined with '-' (default: file names)",
+        help="make ids of paths below the input, joined with '-' (default: file names)",
     )
-    add("--pattern", metavar="GLOB", help="read only audio files whose path below DIR matches GLOB")
+    add(
+        "--pattern",
+        metavar="GLOB",
+        help="read only audio files whose path below the input matches GLOB",
+    )
     add("--resample", action="store_true", help="convert files of another sampling rate, by soxr")
     add(
         "--channel",

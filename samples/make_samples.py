@@ -1,4 +1,4 @@
-"""Make the sample dumps beside this script: two minutes of synthetic speech as log-Mel frames.
+"""Make the sample dumps in this folder: two minutes of synthetic speech as log-Mel frames.
 
     apt-get install flite                      # Debian's speech synthesiser
     pip install -r requirements.txt            # numpy, kaldi-native-fbank, soundfile

@@ -582,7 +582,7 @@ REJECTED = {  # name: (flags, words of the error)
     ),
     "init-s3prl": ("--init_checkpoint {}/s3prl", "another model in s3prl"),  # D = H, as the data
     "init-hostile": ("--init_checkpoint {}/hostile", "open, which is not plain data"),
-    "init-nowhere": ("--init_checkpoint {}/nowhere", "No such file or directory: '{}/nowhere'"),
+    "init-nowhere": ("--init_checkpoint {}/nowhere", "{}/nowhere: No such file or directory"),
     "bins": ("--feature_dim 9", "its frames have 8 bins, but --feature_dim is 9"),
     "bins-of-valid": ("--valid_split nine-bins", "9 bins, but {folders}/train-clean-360 has 8"),
     "length": ("--train_split train-clean-360 long", "differ in max_seq_len"),
