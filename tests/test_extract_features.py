@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, error_line, make_folder, run_script, speech
-from test_load_pretrained import HIDDEN, save_model, save_transformer, snapshot
+from conftest import ROOT, error_line, make_folder, run_script, snapshot, speech
+from test_load_pretrained import HIDDEN, save_model, save_transformer
 
 import extract_features
 import load_pretrained

@@ -41,11 +41,6 @@ def save_transformer(path, config=None):
     return save(APCModel(MEL, None, RNNConfig(MEL, 64, 2, 0.0, False, "transformer")), path, config)
 
 
-def snapshot(path):
-    """A folder -> {path of a file in it, however deep: its bytes}."""
-    return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
 @torch.no_grad()
 def assert_same_outputs(model, reference, mel_dim=MEL):
     """On valid frames: what lies beyond is for test_apc_model."""

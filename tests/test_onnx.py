@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import error_line
+from conftest import error_line, snapshot
 from test_fbank import PREPARED
-from test_load_pretrained import MEL, save_model, snapshot
+from test_load_pretrained import MEL, save_model
 
 import load_pretrained as script
 from formats import onnx as our_onnx

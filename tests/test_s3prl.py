@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import Hostile, error_line, speech
+from conftest import Hostile, error_line, snapshot, speech
 from test_audio import write
 from test_fbank import PREPARED, reference_fbank
-from test_load_pretrained import assert_same_outputs, save_model, snapshot
+from test_load_pretrained import assert_same_outputs, save_model
 from torch import nn
 
 import extract_features
