@@ -318,7 +318,10 @@ def check_length(model: APCModel, utt_id: str, num_frames: int) -> None:
         logging.warning(
             "utterance %s has %d frames, but the Transformer was trained on at most %d, and its "
             "features of later frames may be poor: %s",
-            *(utt_id, num_frames, longest, way_out),
+            utt_id,
+            num_frames,
+            longest,
+            way_out,
         )
 
 

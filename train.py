@@ -30,7 +30,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from apc_model import APCModel, LossSums, MeanLosses, apc_loss
+from apc_model import APCModel, LossSums, MeanLosses, TransformerBlock, apc_loss
 from datasets import (
     BatchSampler,
     LibriSpeech,
@@ -167,10 +167,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--rnn_residual is for RNNs: a Transformer's blocks are always residual")
         if args.prenet_num_layers:
             parser.error("--prenet_num_layers is for RNNs: a Transformer has no prenet")
-        if args.rnn_hidden_size % 64:
+        if args.rnn_hidden_size % TransformerBlock.HEAD_SIZE:
             parser.error(
-                f"--rnn_hidden_size {args.rnn_hidden_size}: expected a multiple of 64, the size of "
-                "a Transformer's attention heads"
+                f"--rnn_hidden_size {args.rnn_hidden_size}: expected a multiple of "
+                f"{TransformerBlock.HEAD_SIZE}, the size of a Transformer's attention heads"
             )
     args.train_split = [os.path.normpath(split) for split in args.train_split]  # completed slashes
     args.valid_split = os.path.normpath(args.valid_split)
@@ -504,21 +504,21 @@ def evaluate(
     """The validation set's losses, and a signal that interrupted their computation, or None."""
     model.eval()
     n, bias, seq_len = args.time_shift, model.postnet.layer.bias, loader.dataset.datasets[0].seq_len
-    valid = padding = 0.0
+    total = LossSums()
     for batch_inputs, batch_lengths, ids in read_batches(loader):
         [(inputs, lengths)] = micro_batches(batch_inputs, batch_lengths, 1, args, bias.device)
         with autocast(args, bias.device):
             predicted, _ = model(inputs[:, :-n], (lengths - n).clamp(min=0), need_reps=False)
         sums = apc_loss(predicted, inputs, lengths, n, seq_len, bias)
-        losses = reduce_over_processes(sums, received, parameters=[]).tolist()
-        if not math.isfinite(sum(losses[:2])):
+        valid, padding, *flags = reduce_over_processes(sums, received, parameters=[]).tolist()
+        if not math.isfinite(valid + padding):
             name_bad_utterances(batch_inputs, ids, "validation")
-        valid, padding = valid + losses[0], padding + losses[1]
-        if stop := first_signal(losses[2:]):
+        total = total + LossSums(valid, padding)
+        if stop := first_signal(flags):
             return MeanLosses(math.nan, math.nan), stop
     lengths = loader.dataset.num_frames
-    sums = LossSums(valid, padding, len(lengths), int(lengths.sum()))
-    return sums.means(n, seq_len), None
+    total = dataclasses.replace(total, utterances=len(lengths), frames=int(lengths.sum()))
+    return total.means(n, seq_len), None
 
 
 def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespace):
@@ -554,8 +554,17 @@ def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespa
 
 # What may differ between a run and its --resume, because the weights do not depend on it.
 MAY_CHANGE_ON_RESUME = {
-    *("librispeech_path", "load_data_workers", "device", "accumulate_steps", "init_checkpoint"),
-    *("epochs", "store_path", "max_steps", "save_steps", "keep_epochs", "resume"),
+    "librispeech_path",
+    "load_data_workers",
+    "device",
+    "accumulate_steps",
+    "init_checkpoint",
+    "epochs",
+    "store_path",
+    "max_steps",
+    "save_steps",
+    "keep_epochs",
+    "resume",
 }
 
 

@@ -235,7 +235,9 @@ def _check_folders(recordings, root, ways_out):
     if len(folders) == 1 and len(recordings) > 1:
         logging.warning(
             "%s: all utterances are taken to be of one speaker, %s: if they are not, use %s",
-            *(root, folders[0], ways_out),
+            root,
+            folders[0],
+            ways_out,
         )
 
 
