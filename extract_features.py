@@ -64,6 +64,7 @@ from utils import (
     setup_logging,
     start_processes,
     write_json,
+    write_lines,
 )
 
 EXAMPLES = """\
@@ -270,9 +271,10 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
     ours = (".pt", ".npy", ".ark", ".scp", "features.json")
     there = [name for name in os.listdir(args.save_dir) if name.endswith(ours)]
     if there and not before:
+        can_resume = "features.json" in there and args.format != "ark"
         raise UserError(
             f"{args.save_dir} holds files like {there[0]}: choose another --save_dir"
-            f"{'' if args.format == 'ark' else ', or --resume the extraction into this one'}"
+            f"{', or --resume the extraction into this one' if can_resume else ''}"
         )
     if not before:
         write_json({"checkpoint": args.checkpoint} | about, path)
@@ -330,11 +332,6 @@ def write_scp(scp: io.StringIO, path: str, rank: int, world_size: int) -> None:
         dist.all_gather_object(parts, parts[0])
     if rank == 0:
         write_lines(sorted("".join(parts).splitlines(), key=str.encode), path)
-
-
-def write_lines(lines: list[str], path: str) -> None:
-    with atomic_write(path) as file:
-        file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
 
 
 # Extraction ---------------------------------------------------------------------------------------
@@ -436,8 +433,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_pretrained(args.checkpoint, residual=args.residual)
     choose = layer_chooser(args.layer, model)
     source = open_source(args, model, rank, world_size)
-    # Worker processes were forked before this one is connected to others. The first process to
-    # finish may have to wait a long time for them.
+    # Only now, after the workers above were forked, join the other processes. Whoever finishes
+    # first may wait for the others for long, hence the timeout.
     rank, world_size, device = start_processes(args.device, datetime.timedelta(days=365))
     if args.audio is not None:
         source.gather(world_size)

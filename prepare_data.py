@@ -39,6 +39,7 @@ from utils import (
     run_main,
     save,
     write_json,
+    write_lines,
 )
 
 EXAMPLES = """\
@@ -180,10 +181,8 @@ def put_in_place(folder: str, save_dir: str, overwrite: bool, lock) -> None:
     check_save_dir(save_dir, overwrite)
     if os.path.exists(save_dir):
         shutil.rmtree(save_dir)
-    if os.name == "nt":  # where no file in a folder may be open when it is renamed
-        lock.release()
+    lock.release()  # first: Windows renames no folder in which a file is open
     os.rename(folder, save_dir)
-    lock.release()
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(save_dir, ".lock"))
 
@@ -278,7 +277,7 @@ def normalise(job: list[tuple], folder: str, cmvn: CMVN) -> int:
 def first_pass(
     source: Source, folder: str, args: argparse.Namespace, cmvn: CMVN
 ) -> tuple[list[Written], dict, list[str], list[str]]:
-    """Write the tensors as they are (with CMVN by utterance, as they will be).
+    """Write the tensors, not yet normalised (with --cmvn utterance, in their final form).
 
     Returns:
         utterances, CMVN statistics by group, messages on utterances that were skipped, warnings.
@@ -403,8 +402,7 @@ def prepare(args: argparse.Namespace, folder: str) -> str:
     lists = {"skipped.txt": bad, "truncated.txt": notes, "left_out.txt": source.ignored}
     for name, lines in lists.items():
         if lines:
-            with atomic_write(os.path.join(folder, name)) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+            write_lines(lines, os.path.join(folder, name))
     lengths = {f"{name}.pt": n for one in written for name, n in one.lengths.items()}
     with atomic_write(os.path.join(folder, "lengths.pkl")) as file:
         pickle.dump(lengths, file, protocol=4)

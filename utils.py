@@ -325,7 +325,7 @@ def lock_folder(path: str) -> FileLock:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str, sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file next to `path` for writing bytes; rename it to `path` at the end.
 
     An error within leaves what was at `path` and removes the temporary file. `sync` waits until
@@ -345,6 +345,12 @@ def atomic_write(path: str, sync: bool = True) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:  # write() does not know the name
             raise UserError(f"{path}: {error.strerror}; nothing else is changed") from None
         raise
+
+
+def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:
+    """A text file, atomically; what is not text in a file's name is written as an escape."""
+    with atomic_write(path) as file:
+        file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
 
 
 def save(value: Any, path: str, sync: bool = True) -> None:

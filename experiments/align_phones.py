@@ -21,7 +21,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import atomic_write, new_parser, num_cores, run_jobs, run_main
+from utils import new_parser, num_cores, run_jobs, run_main, write_lines
 
 WINDOW, SHIFT = 400, 160  # samples of our fbank's frames at 16 kHz
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -96,8 +96,7 @@ def main(argv=None):
             ignored[why] += 1
         else:
             lines.append(f"{utt_id} {' '.join(labels)}")
-    with atomic_write(corpus / "labels.txt") as file:
-        file.writelines(f"{line}\n".encode() for line in lines)
+    write_lines(lines, corpus / "labels.txt")
     counts = "; ".join(f"{count} with {why}" for why, count in ignored.items())
     print(f"{corpus}: {len(lines)} of {len(jobs)} English prompts aligned; ignored: {counts}")
 

@@ -11,6 +11,7 @@ interrupted experiment. A work directory holds:
 import datetime
 import hashlib
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -24,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import is_finished, read_lengths
 from experiments.phone_probe import accuracy, accuracy_table, read_table, table
-from utils import UserError, atomic_write, new_parser, num_cores, positive, read_json, write_json
+from utils import (
+    UserError,
+    atomic_write,
+    new_parser,
+    num_cores,
+    positive,
+    read_json,
+    write_json,
+    write_lines,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED = ROOT / "pretrained" / "apc_3x512_n3.pt"
@@ -44,6 +54,7 @@ PAIRS = [  # rows whose differences lead the report
     ("pretrained/", "randomly initialised"),
     ("randomly initialised", "log-Mel"),
     ("APC, n = 3, cosine", "APC, n = 3"),
+    ("T-APC, n = 3, cosine", "APC, n = 3, cosine"),
 ]
 REPORT = """# {title}
 
@@ -74,7 +85,7 @@ Differences of frame accuracy (linear probe), in points:
 {linear}
 ## Frame accuracy, MLP probe (256 ReLUs)
 
-{mlp}"""
+{mlp}{more}"""
 
 
 def build_parser(description, example, runs, epochs, work_dir):
@@ -100,31 +111,28 @@ def run(*command):
     Without a GPU some run as a process per core, which busy neighbours slow down less than threads.
     """
     command = [str(part) for part in command]
+    name = command[0]
     if command[0].endswith(".py"):
         python = [sys.executable]
         if command[0] in ("train.py", "extract_features.py") and not torch.cuda.is_available():
-            python += ["-m", "torch.distributed.run", f"--nproc_per_node={num_cores()}"]
+            flags = ("--standalone", f"--nproc_per_node={num_cores()}")
+            python += ["-m", "torch.distributed.run", *flags]
         command = [*python, str(ROOT / command[0]), *command[1:]]
     print(f"\n{shlex.join(command)}", flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode:
-        raise UserError(f"{shlex.join(command[:2])} failed with status {done.returncode}")
+        raise UserError(f"{name} failed with status {done.returncode}")
     print(done.stdout, end="", flush=True)
     return done.stdout
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def write_kaldi(folder, recordings):
     """{id: path} -> a Kaldi data directory; an id starts with its speaker and "_" or "-"."""
     paths = {utt_id: Path(recordings[utt_id]).resolve() for utt_id in sorted(recordings)}
-    write_lines(folder / "wav.scp", [f"{utt_id} {path}" for utt_id, path in paths.items()])
-    write_lines(folder / "utt2spk", [f"{utt_id} {re.split('[-_]', utt_id)[0]}" for utt_id in paths])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines([f"{utt_id} {path}" for utt_id, path in paths.items()], folder / "wav.scp")
+    write_lines([f"{utt_id} {re.split('[-_]', utt_id)[0]}" for utt_id in paths], folder / "utt2spk")
 
 
 def prepare(source, save_dir):
@@ -164,7 +172,7 @@ def make_rows(args, runs, recordings):
     runs = {name: run for name, run in runs.items() if name in args.runs}
     pretrained_cmvn = read_json(PRETRAINED.with_name("config.json"))["data"][0]["cmvn"]
     write_kaldi(work / "kaldi" / "probe", recordings)
-    for cmvn in sorted({pretrained_cmvn} | {cmvn for _, cmvn, _ in runs.values()}):
+    for cmvn in sorted({"speaker", pretrained_cmvn} | {cmvn for _, cmvn, _ in runs.values()}):
         prepare(work / "kaldi" / "probe", work / "data" / cmvn / "probe")
     for name in args.runs:
         train(work, name, epochs, *runs[name][1:])
@@ -200,9 +208,10 @@ def run_probe(work, rows, hidden_size=0):
 
 def machine():
     """Processor, cores, and PyTorch's version."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = found[1] if found else "unknown processor"
-    return f"{name}, {num_cores()} cores, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = found[1] if found else platform.processor() or "unknown processor"
+    return f"{name}, {num_cores()} core(s), torch {torch.__version__}"
 
 
 def difference_table(results, pairs):
@@ -211,12 +220,13 @@ def difference_table(results, pairs):
     for name, base in (pair for pair in pairs if results["correct"].keys() >= set(pair)):
         row, others = rows.setdefault(f"{name} − {base}", {}), results["correct"][base]
         for layer, correct in results["correct"][name].items():
-            minus = others.get(layer, others["0"])  # log-Mel has one
-            row[f"layer {layer}"] = cell(*accuracy(correct, results["frames"], minus))
+            minus = others["0"] if len(others) == 1 else others.get(layer)  # log-Mel has one
+            if minus is not None:
+                row[f"layer {layer}"] = cell(*accuracy(correct, results["frames"], minus))
     return table("difference", rows)
 
 
-def report(args, name, rows, pairs=(), **texts):
+def report(args, name, rows, pairs=(), more="", **texts):
     """Run the probes; write <name>.md, <name>.json and, from all corpora's JSON, accuracy.png."""
     work, out = args.work_dir, args.results_dir
     linear, mlp = run_probe(work, rows), run_probe(work, rows, hidden_size=256)
@@ -238,9 +248,11 @@ def report(args, name, rows, pairs=(), **texts):
         differences=difference_table(linear, [*PAIRS, *pairs]),
         linear=accuracy_table(linear),
         mlp=accuracy_table(mlp),
+        more=more,
         **texts,
     )
-    write_lines(out / f"{name}.md", [text + texts.get("more", "")])
+    out.mkdir(parents=True, exist_ok=True)
+    write_lines(text.splitlines(), out / f"{name}.md")
     curves = {
         row: [accuracy(correct, linear["frames"]) for correct in layers.values()]
         for row, layers in linear["correct"].items()

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import common
 from experiments.phone_probe import read_labelled, read_table, table
-from utils import run_main
+from utils import run_main, write_lines
 
 RUNS = common.RUNS | {
     "n10": ("APC, n = 10", "speaker", ("--rnn_residual", "--time_shift", 10)),
@@ -45,7 +45,7 @@ def make_data(work):
     for split in ("train", "test"):
         found = {path.stem: path for path in sorted((corpus / split / "en").glob("*.flac"))}
         chosen = {utt_id: path for utt_id, path in found.items() if utt_id in labelled}
-        common.write_lines(work / f"{split}_ids.txt", chosen)
+        write_lines(chosen, work / f"{split}_ids.txt")
         recordings |= chosen
     for cmvn in ("speaker", "utterance"):
         for split in ("train", "dev"):
@@ -66,7 +66,7 @@ def write_items(work):
             if phones[i] != "SIL":
                 times = f"{start / 100:.2f} {end / 100:.2f}"
                 lines.append(f"{utt_id} {times} {phones[i]} {phones[i - 1]} {phones[i + 1]} en")
-    common.write_lines(work / "test.item", lines)
+    write_lines(lines, work / "test.item")
 
 
 def write_layers(work, folder):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, atomic_write, new_parser, num_cores, run_jobs, run_main
+from utils import UserError, new_parser, num_cores, run_jobs, run_main, write_lines
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 TEST_PART, DEV_PART = 0.2, 0.05  # of the groups of prompts; the first of English only
@@ -120,8 +120,7 @@ def main(argv=None):
                 counts[f"for {split}"] += 1
     for _ in run_jobs(jobs, decode, num_cores()):
         pass
-    with atomic_write(out / "texts.txt") as file:  # last: the corpus is complete
-        file.writelines(f"{line}\n".encode() for line in sorted(lines))
+    write_lines(sorted(lines), out / "texts.txt")  # last: the corpus is complete
     print(f"{out}: prompts: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import read_lengths
 from experiments import common
-from utils import UserError, run_main
+from utils import UserError, run_main, write_lines
 
 WAVS = "full_corpus_newsplit"
 ALIGNMENTS = "forced_alignments_supervised_spkr/align-kit-old"
@@ -71,9 +71,9 @@ def make_data(clone, work):
             segments = read_alignment(clone / ALIGNMENTS / split / f"{utt_id}.txt")
             labels.append(f"{utt_id} {' '.join(frame_labels(segments, num_frames))}")
         chosen = list(found)[::every]
-        common.write_lines(work / list_name, chosen)
+        write_lines(chosen, work / list_name)
         recordings |= {utt_id: found[utt_id] for utt_id in chosen}
-    common.write_lines(work / "labels.txt", labels)
+    write_lines(labels, work / "labels.txt")
     return recordings
 
 

@@ -4,9 +4,9 @@
     for samples in read_blocks(recordings[0], 16000):  # float32, 16-bit range, mono
         ...
 
-libsndfile decodes, and its content says what a file is, not its name. Files are read as leniently
-as Kaldi reads them: a WAV whose header states another length than the file has is read as far as it
-goes, with a warning. soundfile and soxr are imported where they are needed.
+libsndfile decodes; it recognises a file by its content, not by its name. Files are read as
+leniently as Kaldi reads them: a WAV whose header states another length than the file has is read as
+far as it goes, with a warning. soundfile and soxr are imported where they are needed.
 """
 
 import fnmatch

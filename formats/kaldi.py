@@ -382,14 +382,14 @@ def read_scp_line(
             file.seek(int(offset or 0))
             frames = (read_matrix if is_binary else read_text_matrix)(file, name)
     except OSError as error:
-        raise UserError(
+        raise BadUtterance(
             f"{name}: {error.strerror} (relative paths start from the current directory)"
         ) from None
     if first:
         rows = range(int(first), int(last) + 1)
         # As in Kaldi, which allows for lengths that were rounded up.
         if not rows or rows.start >= len(frames) or rows.stop > len(frames) + 3:
-            raise UserError(f"{name}: expected rows {first} to {last}, found {len(frames)} rows")
+            raise BadUtterance(f"{name}: expected rows {first} to {last}, found {len(frames)} rows")
         frames = frames[rows.start : rows.stop]
     return check_frames(utt_id, frames, where)
 
@@ -518,7 +518,8 @@ def _segment(values, channel, where):
         channel = int(values[2]) if len(values) > 2 else channel
     except ValueError:
         start = end = math.nan
-    if not (0 <= start < end < math.inf or 0 <= start < math.inf and end == -1):
+    is_part = 0 <= start < end < math.inf or 0 <= start < math.inf and end == -1
+    if not is_part or (channel is not None and channel < 0):
         raise BadUtterance(
             f"{where}: expected 0 <= start < end, in seconds, and maybe a channel, from 0, found "
             f"{quote(' '.join(values))}"
