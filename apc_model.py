@@ -115,10 +115,10 @@ class APCModel(nn.Module):
     sound, which speaker [1, Section 3]. Upper layers hold more of the former, lower layers more of
     the latter [1, Section 4].
 
-    With rnn_type "transformer" the layers are Transformer blocks [2]. Depth and width of the
-    papers' model are four blocks of 512. Ours, for the paper leaves them to the reader: heads of
-    64, a feed-forward layer of 4 H with ReLU, layer norm before each sublayer and after the last
-    block, sinusoidal positions (Vaswani et al. 2017), input and output projections of their own.
+    With rnn_type "transformer" the layers are Transformer blocks [2], four of width 512 in the
+    paper. The rest is our choice: heads of 64, a feed-forward layer of 4 H with ReLU, layer norm
+    before each sublayer and after the last block, sinusoidal positions (Vaswani et al. 2017), input
+    and output projections of their own.
 
     Args:
         mel_dim: D, the feature dimension of a log-Mel frame.
@@ -145,14 +145,7 @@ class APCModel(nn.Module):
         self.num_layers = rnn_config.num_layers
         self.num_reps = self.num_layers + (prenet_config is not None)
 
-        self.prenet = None
-        if prenet_config is not None:
-            self.prenet = Prenet(
-                input_size=prenet_config.input_size,
-                num_layers=prenet_config.num_layers,
-                hidden_size=prenet_config.hidden_size,
-                dropout=prenet_config.dropout,
-            )
+        self.prenet = None if prenet_config is None else Prenet(**prenet_config._asdict())
         if self.rnn_type == "transformer":
             self.embedding = nn.Linear(mel_dim, hidden_size)
             self.blocks = nn.ModuleList(
@@ -377,9 +370,6 @@ class LossSums:
             self.utterances + other.utterances,
             self.frames + other.frames,
         )
-
-    def detach(self) -> "LossSums":
-        return dataclasses.replace(self, valid=self.valid.detach(), padding=self.padding.detach())
 
     def means(self, time_shift: int, seq_len: int) -> MeanLosses:
         """The means, with `time_shift` and `seq_len` as in apc_loss(); NaN of no utterance."""

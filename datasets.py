@@ -63,7 +63,8 @@ class LibriSpeech(data.Dataset):
                 len(self.lengths),
                 time_shift,
             )
-        self.prepared = read_prepared(path)
+        # The original release wrote no prepared.json.
+        self.prepared = read_json(os.path.join(path, "prepared.json"))
         # Every tensor of a folder has the shape of the first one.
         self.seq_len, self.mel_dim = self._read(self.ids[0]).shape
 
@@ -81,10 +82,10 @@ class LibriSpeech(data.Dataset):
             )
         return frames, length
 
-    def read_chunks(self, index: int, size: int = 4096) -> Iterator[Tensor]:
-        """Yield an utterance's frames, (at most size, D) at a time."""
+    def read_chunks(self, index: int) -> Iterator[Tensor]:
+        """Yield an utterance's frames, some of them (t, D) at a time."""
         frames, length = self[index]
-        yield from frames[:length].split(size)
+        yield from frames[:length].split(4096)
 
     def _read(self, name):
         path = os.path.join(self.path, name)
@@ -155,11 +156,6 @@ def read_lengths(path: str | os.PathLike) -> dict[str, int]:
     return lengths
 
 
-def read_prepared(path: str | os.PathLike) -> dict | None:
-    """prepared.json of the folder `path`, or None: the original release wrote none."""
-    return read_json(os.path.join(path, "prepared.json"))
-
-
 def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
     """Log a warning if a dataset was made in another way than what a model was trained on.
 
@@ -185,26 +181,23 @@ def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     """Items of Utterances -> inputs (B, longest, D) float32, lengths (B,) int64, utterance ids.
 
-    The batch is cut to its longest utterance. A process whose part of a batch is empty gets
-    tensors of no utterance.
+    The batch is cut to its longest utterance. A process whose share of a batch is empty gets empty
+    tensors (B = 0).
     """
     if not items:
         return torch.zeros(0, 0, 0), torch.zeros(0, dtype=torch.int64), []
     frames, lengths, ids = zip(*items)
     frames = [utterance[: max(lengths)] for utterance in frames]
-    return (
-        torch.nn.utils.rnn.pad_sequence(frames, batch_first=True),
-        torch.tensor(lengths),
-        [*ids],
-    )
+    inputs = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
+    return inputs, torch.tensor(lengths), [*ids]
 
 
 class BatchSampler(data.Sampler):
     """Batches of indices, whose order follows only from (seed, epoch): any epoch can be resumed.
 
     With `bucketing`, a shuffled epoch is cut into windows of 100 batches, each window is sorted by
-    length and cut into batches, and the batches are shuffled: a batch's utterances are about
-    equally long, and yet others every epoch (in a corpus of more than one window).
+    length and cut into batches, and the batches are shuffled: a batch's utterances are of similar
+    length, yet different ones every epoch (in a corpus of more than one window).
 
     Args:
         lengths: (N,) frames of each utterance.
@@ -266,15 +259,11 @@ class BatchSampler(data.Sampler):
 
 
 def build_loader(
-    dataset: Utterances,
-    batch_sampler: Any,
-    num_workers: int,
-    device: torch.device,
-    persistent: bool = False,
+    dataset: Utterances, batch_sampler: Any, num_workers: int, device: torch.device
 ) -> data.DataLoader:
     """A DataLoader of (inputs, lengths, ids), as collate() gives them; read it with read_batches().
 
-    `persistent` keeps the workers from one epoch to the next.
+    Its worker processes stay from one epoch to the next.
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     return data.DataLoader(
@@ -283,7 +272,7 @@ def build_loader(
         collate_fn=collate,
         num_workers=num_workers,
         timeout=TIMEOUT if num_workers else 0,
-        persistent_workers=persistent and num_workers > 0,
+        persistent_workers=num_workers > 0,
         # Forked next to the threads of a process group, a worker might wait for a lock for ever.
         multiprocessing_context="spawn" if num_workers and "WORLD_SIZE" in os.environ else None,
         pin_memory=device.type == "cuda",

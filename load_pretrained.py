@@ -56,7 +56,10 @@ EXAMPLES = """\
 
 
 def load_pretrained(
-    path: str | os.PathLike, device: str | torch.device = "cpu", residual: bool | None = None
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    residual: bool | None = None,
+    unknown_residual: bool | None = None,
 ) -> APCModel:
     """Load a trained model.
 
@@ -66,6 +69,7 @@ def load_pretrained(
         residual: whether the model has residual connections. The weights of a GRU or LSTM do not
             show it; None looks into the file, then into config.json in the same directory, then at
             the file's name in the original's style.
+        unknown_residual: what holds where neither `residual` nor any of these says it.
 
     Returns:
         APCModel in eval mode, in float32, with the dropout of its training for fine-tuning. Its
@@ -77,17 +81,6 @@ def load_pretrained(
         UserError: the file is no APC model, carries code, or does not say whether it is residual.
         OSError: it cannot be read.
     """
-    return load_with_config(path, device, residual)[0]
-
-
-def load_with_config(
-    path: str | os.PathLike,
-    device: str | torch.device = "cpu",
-    residual: bool | None = None,
-    unknown_residual: bool | None = None,
-) -> tuple[APCModel, dict]:
-    """load_pretrained() -> (model, model.config). `unknown_residual` is what holds where neither
-    `residual` nor the file says it."""
     weights, config = read_checkpoint(path)
     mel_dim, prenet, rnn = infer_configs(weights, path)
     if "data" not in config:
@@ -96,7 +89,7 @@ def load_with_config(
         residual = False  # its residual connections are part of its blocks
     elif residual is None:
         residual = find_residual(path, config, unknown_residual)
-    # There the first layer is never residual.
+    # In s3prl the first layer is never residual.
     if config.pop("is_s3prl", False) and residual and mel_dim == rnn.hidden_size:
         raise UserError(f"{path}: residual with hidden size = mel_dim is another model in s3prl")
     rnn = rnn._replace(residual=residual, dropout=config.get("rnn_dropout", 0.0))
@@ -111,7 +104,7 @@ def load_with_config(
                 f"{value}: keep models in separate folders, each with its own config.json"
             )
     model.config = config | found
-    return model.to(device).eval(), model.config
+    return model.to(device).eval()
 
 
 # Recognising what a file holds --------------------------------------------------------------------
@@ -361,7 +354,8 @@ class FeatureExtractor:
         x = extractor(samples, 16000)            # float in [-1, 1] or int16
 
     Log-Mel features are made as those of the model's training data; where these were normalised
-    per speaker or utterance, over the recording.
+    per speaker or utterance, over the recording. On a GPU PyTorch computes RNNs in TensorFloat-32
+    unless utils.set_numerics() is called first, as the script does.
 
     Args:
         path, device, residual: as in load_pretrained().
@@ -381,9 +375,9 @@ class FeatureExtractor:
 
         self.arguments = (path, layer, device, residual, resample)
         self.audio, self.resample, self.longest = audio, resample, 0
-        self.model, config = load_with_config(path, device, residual)
+        self.model = load_pretrained(path, device, residual)
         self.choose = layer_chooser(str(layer), self.model)
-        self.fbank, self.cmvn, self.stats = frame_settings(training_data(config, path))
+        self.fbank, self.cmvn, self.stats = frame_settings(training_data(self.model.config, path))
         bins, mel_dim = self.fbank["num_mel_bins"], self.model.mel_dim
         if bins != mel_dim:
             raise UserError(f"{path}: it reads {mel_dim} log-Mel bins, but fbank makes {bins}")

@@ -41,7 +41,7 @@ from datasets import (
     warn_of_other_data,
 )
 from formats.s3prl import QuantizedPostnet
-from load_pretrained import load_with_config, model_flags, summary, training_data
+from load_pretrained import load_pretrained, model_flags, summary, training_data
 from utils import (
     SIGNALS,
     PrenetConfig,
@@ -64,7 +64,7 @@ from utils import (
     write_json,
 )
 
-MAX_SKIPPED = 20  # steps in a row without a finite loss and gradient
+MAX_SKIPPED = 20  # steps in a row whose loss or gradient was not finite
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {
     "adam": optim.Adam,
@@ -158,7 +158,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("learning_rate", "clip_thresh"):
         if not 0 < getattr(args, flag) < math.inf:
             parser.error(f"--{flag} {getattr(args, flag)}: expected a number above 0")
-    taken = ("", ".", "..", "last.ckpt", "config.json", "metrics.jsonl")  # the log has this name
+    # The log is named after the run, and must not replace another file of it.
+    taken = ("", ".", "..", "last.ckpt", "config.json", "metrics.jsonl")
     name = args.experiment_name
     if os.path.basename(name) != name or name in taken or not name.isprintable():
         parser.error(f"--experiment_name {name!r}: expected a name without '/', and not of {taken}")
@@ -172,7 +173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--rnn_hidden_size {args.rnn_hidden_size}: expected a multiple of "
                 f"{TransformerBlock.HEAD_SIZE}, the size of a Transformer's attention heads"
             )
-    args.train_split = [os.path.normpath(split) for split in args.train_split]  # completed slashes
+    # Shell completion appends a slash.
+    args.train_split = [os.path.normpath(split) for split in args.train_split]
     args.valid_split = os.path.normpath(args.valid_split)
     return args
 
@@ -222,7 +224,7 @@ def open_loader(
     dataset = Utterances(splits)
     options = (shuffle, not args.no_bucketing, args.seed, rank, world_size)
     sampler = BatchSampler(dataset.num_frames, args.batch_size, *options)
-    return build_loader(dataset, sampler, args.load_data_workers, device, persistent=True)
+    return build_loader(dataset, sampler, args.load_data_workers, device)
 
 
 def describe_data(train_sets: list[LibriSpeech]) -> dict:
@@ -255,7 +257,7 @@ def build_model(args: argparse.Namespace) -> APCModel:
 def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpeech) -> None:
     """Start from --init_checkpoint; UserError if the flags describe another model."""
     path = args.init_checkpoint
-    loaded, config = load_with_config(path, unknown_residual=args.rnn_residual)
+    loaded = load_pretrained(path, unknown_residual=args.rnn_residual)
     if isinstance(loaded.postnet, QuantizedPostnet):
         raise UserError(f"{path}: training a quantised model (VQ-APC) is not supported")
     for flag, value in model_flags(loaded).items():
@@ -265,7 +267,7 @@ def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpee
     if not is_finite(loaded):
         raise UserError(f"{path}: its weights are not finite")
     model.load_state_dict(loaded.state_dict())
-    warn_of_other_data(training_data(config, path), train_set)
+    warn_of_other_data(training_data(loaded.config, path), train_set)
 
 
 def build_optimizer(args: argparse.Namespace, model: APCModel) -> optim.Optimizer:
@@ -366,7 +368,7 @@ def train_step(
         share = dataclasses.replace(part, utterances=whole.utterances, frames=whole.frames)
         loss = trained_loss(share.means(n, seq_len), args)
         scaler.scale(loss).backward()
-        sums = sums + part.detach()
+        sums = sums + LossSums(part.valid.detach(), part.padding.detach())
     values = reduce_over_processes(sums, received, parameters)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, args.clip_thresh)
@@ -393,13 +395,13 @@ def first_signal(flags: list[float]) -> int | None:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is. last.ckpt keeps it."""
+    """How far a run has come; saved in last.ckpt."""
 
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
     step: int = 0
     sums: LossSums = dataclasses.field(default_factory=LossSums)  # of the current epoch
-    skipped: int = 0  # steps without a finite loss and gradient
+    skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     overflows: int = 0  # steps that GradScaler skipped to find its scale
     best_loss: float = math.inf
@@ -590,7 +592,7 @@ class RunFolder:
         return bool(found)
 
     def _has_checkpoint(self):
-        """UserError rather than overwrite a run."""
+        """Whether there is a last.ckpt; UserError rather than overwrite a run."""
         if self.args.resume and os.path.exists(os.path.join(self.path, "last.ckpt")):
             return True
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
@@ -750,9 +752,12 @@ def check_precision(args: argparse.Namespace, device: torch.device) -> None:
                 logging.warning("this CPU has no bf16 instructions: bf16 is slower here than fp32")
 
 
-def announce(args, model, train_loader, valid_loader, device, world_size, run, progress) -> None:
+def announce(
+    args, model, train_loader, valid_loader, schedule, device, world_size, run, progress
+) -> None:
     """Log what the run is about to do."""
     frames = train_loader.dataset.num_frames
+    limit = f", at most {args.max_steps} steps" if args.max_steps else ""
     for line in (
         f"{'resuming' if progress.step else 'training'} {run.path}"
         f"{f' after {progress.step} steps' if progress.step else ''}",
@@ -761,27 +766,13 @@ def announce(args, model, train_loader, valid_loader, device, world_size, run, p
         f"utterances, {frames.sum()} frames, {frames.sum() / 360000:.2f} hours at 10 ms; "
         f"validation: {args.valid_split}, {len(valid_loader.dataset)} utterances",
         f"optimisation: {args.epochs} epochs of {len(train_loader.batch_sampler)} steps, batch "
-        f"size {args.batch_size}, {args.optimizer}, learning rate {args.learning_rate} "
+        f"size {args.batch_size}{limit}; {args.optimizer}, learning rate {schedule.base_lrs[0]} "
         f"({args.lr_schedule}, {args.warmup_steps} warm-up steps)",
         f"device: {device}, {args.precision}, {world_size} process(es)",
         f"loss: L1 of the frame n = {args.time_shift} ahead, averaged over "
         + ("valid frames" if args.mask_padding else "all time steps, padding included"),
     ):
         logging.info(line)
-
-
-def end_epoch(
-    model, training, validation, train_loader, valid_loader, args, progress: Progress, run
-) -> None:
-    """Log the losses; record the epoch if it is whole, and not cut by --max_steps."""
-    train_loss, valid_loss = trained_loss(training, args), trained_loss(validation, args)
-    losses = f"Training Loss: {train_loss:.5f} Validation Loss: {valid_loss:.5f}"
-    logging.info(f"Epoch: {progress.epoch + 1} {losses}")
-    if progress.batch == len(train_loader.batch_sampler):
-        losses = {"training loss": training, "validation loss": validation}
-        run.log("epoch", progress.step, losses, {}, progress)
-        run.draw(model, valid_loader.dataset, progress.epoch)
-        progress.end_epoch(valid_loss)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -815,7 +806,7 @@ def main(argv: list[str] | None = None) -> None:
     epoch_steps = len(train_loader.batch_sampler)
     schedule = build_schedule(args, optimizer, progress.step, epoch_steps)
     run.open(progress)
-    announce(args, model, train_loader, valid_loader, device, world_size, run, progress)
+    announce(args, model, train_loader, valid_loader, schedule, device, world_size, run, progress)
     if not resuming:
         run.save(parts, progress)
 
@@ -829,7 +820,14 @@ def main(argv: list[str] | None = None) -> None:
             validation, stop = evaluate(model, valid_loader, received, args)
         if not stop:
             training = progress.sums.means(args.time_shift, train_sets[0].seq_len)
-            end_epoch(model, training, validation, train_loader, valid_loader, args, progress, run)
+            train_loss, valid_loss = trained_loss(training, args), trained_loss(validation, args)
+            losses = f"Training Loss: {train_loss:.5f} Validation Loss: {valid_loss:.5f}"
+            logging.info(f"Epoch: {progress.epoch + 1} {losses}")
+            if progress.batch == epoch_steps:  # not cut by --max_steps
+                means = {"training loss": training, "validation loss": validation}
+                run.log("epoch", progress.step, means, {}, progress)
+                run.draw(model, valid_loader.dataset, progress.epoch)
+                progress.end_epoch(valid_loss)
         run.save(parts, progress)
     if stop:
         logging.info(f"stopped by {stop.name} after {progress.step} steps; use --resume")

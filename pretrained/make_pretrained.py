@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from experiments import common
-from load_pretrained import load_with_config
+from load_pretrained import load_pretrained
 from utils import new_parser, positive, run_main, save, write_json
 
 MADE_WITH = (  # what config.json says of the training
@@ -60,11 +60,11 @@ def main(argv=None):
     last = ("--learning_rate", 0.0001, "--init_checkpoint", first)
     common.train(work, f"{name}_last", args.last_epochs, "utterance", (*common.N3, *last))
     best, loss = best_epoch(work, f"{name}_last", args.last_epochs)
-    model, config = load_with_config(best)
+    model = load_pretrained(best)
     file = out / common.PRETRAINED.name
     out.mkdir(parents=True, exist_ok=True)
     save({key: weight.half() for key, weight in model.state_dict().items()}, file)
-    about = {key: config[key] for key in MADE_WITH.split()} | {"state_dict": file.name}
+    about = {key: model.config[key] for key in MADE_WITH.split()} | {"state_dict": file.name}
     about["data"][0].pop("path")
     write_json(about, out / "config.json")
     print(f"{file}: {best.stem}, validation loss {loss:.4f} per valid frame")

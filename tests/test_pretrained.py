@@ -13,7 +13,7 @@ from reference import PackedAPC
 
 from formats.audio import Recording, read_fbank
 from formats.fbank import fbank_settings
-from load_pretrained import load_with_config
+from load_pretrained import load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "pretrained" / "apc_3x512_n3.pt"
@@ -43,10 +43,11 @@ def test_features_of_the_recording_are_what_they_were(tmp_path):
 
 
 def test_it_is_small_and_says_how_it_was_made():
-    model, config = load_with_config(MODEL)
+    model = load_pretrained(MODEL)
     assert all(weight.dtype == torch.float32 for weight in model.state_dict().values())
-    assert MODEL.stat().st_size < 9e6 and config["time_shift"] == 3 and config["rnn_residual"]
-    (data,) = config["data"]
+    assert MODEL.stat().st_size < 9e6
+    assert model.config["time_shift"] == 3 and model.config["rnn_residual"]
+    (data,) = model.config["data"]
     assert (data["cmvn"], data["norm_vars"]) == ("utterance", False)
 
 
