@@ -88,8 +88,8 @@ Differences of frame accuracy (linear probe), in points:
 {mlp}{more}"""
 
 
-def build_parser(description, example, runs, epochs, work_dir):
-    parser = new_parser(description, example)
+def build_parser(doc, example, runs, epochs, work_dir):
+    parser = new_parser(doc.split("\n\n")[0], example)
     text = "models to train, in this order, of %(choices)s (default: all)"
     parser.add_argument("--runs", nargs="+", choices=runs, default=runs, metavar="RUN", help=text)
     text = "passes over the training data, for each model (default: %(default)s)"
@@ -115,8 +115,8 @@ def run(*command):
     if command[0].endswith(".py"):
         python = [sys.executable]
         if command[0] in ("train.py", "extract_features.py") and not torch.cuda.is_available():
-            flags = ("--standalone", f"--nproc_per_node={num_cores()}")
-            python += ["-m", "torch.distributed.run", *flags]
+            torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
+            python += [*torchrun.split(), str(num_cores())]
         command = [*python, str(ROOT / command[0]), *command[1:]]
     print(f"\n{shlex.join(command)}", flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -25,12 +25,10 @@ RUNS = common.RUNS | {
 EXAMPLE = """\
   pip install -r experiments/requirements.txt    # on Debian, with apt-get install ffmpeg
   python experiments/evidence.py"""
+TITLE = "Prompts: two hours of studio speech"
 SPEAKERS = """the test has one, who is in the training data of the probe and of every row that is
   trained, pretrained/ included: what features hold about speakers cannot be shown on this speech"""
-ABX = """
-## ABX error rate, % (phones within the speaker, any context, angular distance)
-
-"""
+ABX = "\n## ABX error rate, % (phones within the speaker, any context, angular distance)\n\n"
 
 
 def make_data(work):
@@ -98,12 +96,10 @@ def abx_table(work, rows):
 
 
 def main(argv=None):
-    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, RUNS, 2, "logs/evidence")
-    args = parser.parse_args(argv)
+    args = common.build_parser(__doc__, EXAMPLE, RUNS, 2, "logs/evidence").parse_args(argv)
     rows = common.make_rows(args, RUNS, make_data(args.work_dir))
     abx = ABX + abx_table(args.work_dir, rows)
-    title = "Prompts: two hours of studio speech"
-    common.report(args, "results", rows, title=title, speakers=SPEAKERS, more=abx)
+    common.report(args, "results", rows, title=TITLE, speakers=SPEAKERS, more=abx)
 
 
 if __name__ == "__main__":

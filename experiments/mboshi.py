@@ -29,6 +29,7 @@ EXAMPLE = """\
   git clone --depth 1 https://github.com/besacier/mboshi-french-parallel-corpus
   pip install -r requirements.txt
   python experiments/mboshi.py mboshi-french-parallel-corpus"""
+TITLE = "Mboshi: four hours of field recordings"
 SPEAKERS = """three, all of them in the training data of the probe and of every APC and T-APC row;
   pretrained/ was trained on neither them nor their language"""
 
@@ -42,18 +43,12 @@ def find_recordings(clone, split):
     return {utt_id: path for utt_id, path in wavs.items() if utt_id in alignments}
 
 
-def read_alignment(path):
-    """Lines of a phone, its start and its end -> [(phone, start, end)], in seconds."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(phone, float(start), float(end)) for phone, start, end in lines]
-
-
 def frame_labels(segments, num_frames):
     """[(phone, start, end)] in seconds -> the phone at each frame's middle; SIL where none is."""
     middles = 0.0125 + 0.01 * np.arange(num_frames)
-    found = np.searchsorted([start for _, start, _ in segments], middles, side="right") - 1
+    found = np.searchsorted([float(s) for _, s, _ in segments], middles, side="right") - 1
     return [
-        segments[i][0] if i >= 0 and middle < segments[i][2] else "SIL"
+        segments[i][0] if i >= 0 and middle < float(segments[i][2]) else "SIL"
         for i, middle in zip(found, middles)
     ]
 
@@ -68,7 +63,8 @@ def make_data(clone, work):
         common.prepare(work / "kaldi" / split, prepared)
         for name, num_frames in read_lengths(prepared).items():
             utt_id = name.removesuffix(".pt")
-            segments = read_alignment(clone / ALIGNMENTS / split / f"{utt_id}.txt")
+            alignment = (clone / ALIGNMENTS / split / f"{utt_id}.txt").read_text(encoding="utf-8")
+            segments = [line.split() for line in alignment.splitlines()]
             labels.append(f"{utt_id} {' '.join(frame_labels(segments, num_frames))}")
         chosen = list(found)[::every]
         write_lines(chosen, work / list_name)
@@ -78,14 +74,12 @@ def make_data(clone, work):
 
 
 def main(argv=None):
-    parser = common.build_parser(__doc__.split("\n\n")[0], EXAMPLE, RUNS, 1, "logs/mboshi")
+    parser = common.build_parser(__doc__, EXAMPLE, RUNS, 1, "logs/mboshi")
     parser.add_argument("clone", metavar="CLONE", type=Path, help="directory of the cloned corpus")
     args = parser.parse_args(argv)
-    recordings = make_data(args.clone, args.work_dir)
-    rows = common.make_rows(args, RUNS, recordings)
-    title = "Mboshi: four hours of field recordings"
-    texts = {"title": title, "speakers": SPEAKERS}
-    common.report(args, "mboshi", rows, [(FROM_PRETRAINED, "APC, n = 3")], **texts)
+    rows = common.make_rows(args, RUNS, make_data(args.clone, args.work_dir))
+    pairs = [(FROM_PRETRAINED, "APC, n = 3")]
+    common.report(args, "mboshi", rows, pairs, title=TITLE, speakers=SPEAKERS)
 
 
 if __name__ == "__main__":
