@@ -324,12 +324,12 @@ def apc_loss(
     seq_len: int,
     bias: Tensor,
 ) -> "LossSums":
-    """The L1 loss of a batch [1, Equation 2]: sums, of which LossSums.means() makes means.
+    """The L1 loss of a batch [1, Equation 2]: as sums, of which LossSums.means() makes means.
 
     Args:
         predicted_mel: (B, T - n, D), what the model predicts from inputs[:, :-n] and lengths - n.
         inputs: (B, T, D), the batch, zero-padded.
-        lengths: (B,) integers > n, frames of each utterance; 0 for one that counts for nothing.
+        lengths: (B,) integers > n, frames of each utterance; 0 for a dummy that adds nothing.
         time_shift: n, how many frames ahead the prediction is.
         seq_len: frames to which the utterances are padded on disk.
         bias: (D,), the postnet's bias.
@@ -372,7 +372,7 @@ class LossSums:
         )
 
     def means(self, time_shift: int, seq_len: int) -> MeanLosses:
-        """The means, with `time_shift` and `seq_len` as in apc_loss(); NaN of no utterance."""
+        """The means, with `time_shift` and `seq_len` as in apc_loss(); NaN without utterances."""
         if not self.utterances:
             return MeanLosses(math.nan, math.nan)
         return MeanLosses(

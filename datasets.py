@@ -16,6 +16,7 @@ from formats.fbank import CMVN
 from utils import UserError, ignore_signals, is_float_tensor, load, read_json
 
 TIMEOUT = 300  # seconds that a batch may take to load
+NOT_COMPARED = ("path", "utt2spk", "version")  # in prepared.json: data may move
 
 
 class LibriSpeech(data.Dataset):
@@ -167,7 +168,7 @@ def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
     for key in ("source", "fbank", "cmvn"):
         if here.get(key) != there.get(key):
             logging.warning(
-                "%s: %s is %s, but the model is trained on %s",
+                "%s: %s is %s, but the model was trained on data with %s",
                 dataset.path,
                 key,
                 here.get(key),
@@ -290,9 +291,13 @@ def read_batches(loader: data.DataLoader) -> Iterator[tuple[Tensor, Tensor, list
     try:
         yield from loader
     except (UserError, OSError, RuntimeError) as error:
-        error = error.with_traceback(None)  # which would hold on to the loader, and so its workers
         # A worker's error comes as the text of its traceback, which ends with the message.
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        # PyTorch's own errors are bugs, except that a worker is dead or /dev/shm full.
+        is_known = "DataLoader" in message or "/torch_" in message
+        if isinstance(error, RuntimeError) and not is_known:
+            raise
+        error = error.with_traceback(None)  # which would hold on to the loader, and so its workers
         name = f"utils.{type(error).__name__}: "
         if isinstance(error, UserError):
             raise UserError(message.removeprefix(name)) from None

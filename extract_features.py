@@ -24,6 +24,7 @@ from torch.utils import data
 
 from apc_model import APCModel
 from datasets import (
+    NOT_COMPARED,
     LibriSpeech,
     Utterances,
     build_loader,
@@ -67,6 +68,8 @@ from utils import (
     write_lines,
 )
 
+# Flags of --audio that the log-Mel frames depend on, or the names of the files.
+AUDIO_FLAGS = ("utt2spk", "ids_from_paths", "pattern", "resample", "channel")
 EXAMPLES = """\
   python extract_features.py --checkpoint logs/foo.dir/foo__epoch_100.model \\
       --data_dir data/dev-clean --save_dir features/dev-clean
@@ -110,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("utt2spk", "ids_from_paths", "pattern", "resample", "channel", "skip_bad"):
+    for name in (*AUDIO_FLAGS, "skip_bad"):
         if args.audio is None and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --audio, not for a prepared dataset")
     if args.format == "ark":
@@ -130,8 +133,8 @@ class AudioFiles(data.Dataset):
     """--audio, treated as the model's training data were: log-Mel utterances, never cut.
 
     Every file is read twice: first for its length, its CMVN statistics and to find out whether it
-    is bad, and again as it is asked for. Items and attributes are those of LibriSpeech, but the
-    tensors are as long as the utterances.
+    is bad, and again as it is asked for. Items, ids, lengths, mel_dim and path are like those of
+    LibriSpeech, but the tensors are as long as the utterances.
 
     Args:
         args: the script's.
@@ -218,7 +221,7 @@ def measure(job: Callable, skip_bad: bool) -> tuple[dict, list[str], list[str]]:
 def find_speakers(args: argparse.Namespace, recordings: list) -> dict[str, str]:
     """-> dict utterance id -> speaker, as in prepare_data.py; but a single file is its own."""
     if args.utt2spk is None and os.path.isfile(args.audio):
-        logging.info("%s: taken as a speaker of its own, and normalised by itself", args.audio)
+        logging.info("%s: treated as one speaker, normalised on its own", args.audio)
         return {recordings[0].utt_id: recordings[0].utt_id}
     return audio.speakers_of(recordings, args.audio, args.utt2spk, "--utt2spk FILE")
 
@@ -244,7 +247,9 @@ def open_source(
 # The folder of features ---------------------------------------------------------------------------
 
 
-def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
+def open_save_dir(
+    args: argparse.Namespace, model: APCModel, source: LibriSpeech | AudioFiles
+) -> FileLock:
     """Make save_dir ready -> its lock; UserError if it holds anything else than this extraction."""
     if is_finished(args.save_dir):
         raise UserError(f"{args.save_dir} is a prepared dataset: choose another --save_dir")
@@ -252,7 +257,12 @@ def open_save_dir(args: argparse.Namespace, model: APCModel) -> FileLock:
     lock = lock_folder(args.save_dir)
     with open(args.checkpoint, "rb") as file:
         weights = hashlib.sha256(file.read()).hexdigest()
-    about = {
+    if args.audio is None:
+        prepared = source.prepared or {}
+        about = {key: value for key, value in prepared.items() if key not in NOT_COMPARED}
+    else:
+        about = {name: getattr(args, name) for name in AUDIO_FLAGS}
+    about |= {
         "weights": weights,
         "source": os.path.realpath(args.data_dir or args.audio),
         "residual": bool(model.rnn_residual),
@@ -440,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
         source.gather(world_size)
     dataset = Utterances([source])
     check_dataset(args, model, dataset)
-    lock = open_save_dir(args, model) if rank == 0 else None
+    lock = open_save_dir(args, model, source) if rank == 0 else None
 
     # Each process has its own utterances, of all lengths.
     num_frames = dataset.num_frames

@@ -400,7 +400,7 @@ class FeatureExtractor:
         name = "samples"
         try:
             if isinstance(speech, str | os.PathLike):
-                name = os.path.splitext(os.path.basename(speech))[0]
+                name = self.audio.make_utt_id(os.path.basename(speech))  # which seeds dither
                 recording = self.audio.Recording(name, os.fspath(speech))
                 frames = self.audio.read_fbank(recording, self.fbank, resample=self.resample)
             else:

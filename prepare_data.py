@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--librispeech_from_audio", "--audio", metavar="DIR", help=text)
     audio.add_flags(group)
     add = add_group(parser, "features")
-    cmvn = "what to normalise the mean to 0 over (default: speaker for audio; none for Kaldi's "
-    cmvn += "features, which the original's authors had normalised)"
+    cmvn = "normalise the mean per speaker, per utterance, over all (global), or not at all "
+    cmvn += "(default: speaker for audio; none for Kaldi's features, which may be normalised)"
     add("--cmvn", choices=CMVN_KINDS, help=cmvn)
     add("--norm_vars", action="store_true", help="normalise the variance to 1 as well")
     add("--as_s3prl", action="store_true", help="compute fbank and CMVN of audio exactly as s3prl")
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the finished dataset in save_dir")
     length = "frames of each tensor; longer utterances are cut, shorter ones padded"
     add("--max_seq_len", type=positive, default=1600, help=length)
-    beyond = "drop what is beyond max_seq_len, or make it utterances <id>_00001, ..."
+    beyond = "cut at max_seq_len, or split the rest into utterances <id>_00001, ..."
     add("--long_utterances", choices=["cut", "split"], default="cut", help=beyond)
     add = add_group(parser, "hardware")
     add("--num_workers", type=positive, default=num_cores(), help="number of processes")

@@ -32,6 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from apc_model import APCModel, LossSums, MeanLosses, TransformerBlock, apc_loss
 from datasets import (
+    NOT_COMPARED,
     BatchSampler,
     LibriSpeech,
     Utterances,
@@ -126,9 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=positive, default=32, help="utterances per step, over all processes")
     add("--learning_rate", type=float, default=0.0001, help="learning rate, after the warm-up")
     schedules = ["constant", "cosine"]
-    text = "learning rate constant, or falling to 0 over the run's steps"
+    text = "constant, or cosine decay to 0 over the run"
     add("--lr_schedule", choices=schedules, default="constant", help=text)
-    text = "steps in which the learning rate rises linearly from 0"
+    text = "linear warm-up steps of the learning rate"
     add("--warmup_steps", type=not_negative, default=0, metavar="N", help=text)
     add("--epochs", type=not_negative, default=100, help="passes over the training data")
     add("--max_steps", type=positive, metavar="N", help="stop after N steps (default: no limit)")
@@ -231,8 +232,7 @@ def describe_data(train_sets: list[LibriSpeech]) -> dict:
     """What a run keeps of its training data: "data" (prepared.json), and "data_fingerprint":
     utterances, frames, and a checksum of names, lengths and settings."""
     table = [(name, split.lengths[name]) for split in train_sets for name in split.ids]
-    elsewhere = dict.fromkeys(("path", "utt2spk", "version"))  # data may move
-    settings = [(split.prepared or {}) | elsewhere for split in train_sets]
+    settings = [(split.prepared or {}) | dict.fromkeys(NOT_COMPARED) for split in train_sets]
     checksum = zlib.crc32(json.dumps([table, settings]).encode())
     fingerprint = [len(table), sum(frames for _, frames in table), checksum]
     return {"data": [split.prepared for split in train_sets], "data_fingerprint": fingerprint}
@@ -307,7 +307,7 @@ def micro_batches(
     Yields inputs (B, T, D) on the device, and lengths (B,) on the CPU.
     """
     least = args.time_shift + 1
-    if not len(lengths):  # fewer utterances than processes: one of length 0 counts for nothing
+    if not len(lengths):  # fewer utterances than processes: a dummy one, which adds nothing
         inputs, lengths = torch.zeros(1, least, args.feature_dim), torch.zeros(1, dtype=torch.int64)
     for part, part_lengths in zip(inputs.chunk(num_parts), lengths.chunk(num_parts)):
         # Slice after the copy: only that of contiguous pinned memory is asynchronous.
@@ -475,8 +475,7 @@ def train_epoch(
         if progress.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"step {progress.step}: {MAX_SKIPPED} steps in a row had no finite loss or "
-                f"gradient: look at the data, or start from {run.path}/last.ckpt with a lower "
-                "--learning_rate"
+                f"gradient: look at the data, or {run.restart_hint}"
             )
         if progress.step % args.save_steps == 0:
             run.save(parts, progress)
@@ -554,7 +553,8 @@ def draw_prediction(model: APCModel, dataset: Utterances, args: argparse.Namespa
 
 # What a run keeps ---------------------------------------------------------------------------------
 
-# What may differ between a run and its --resume, because the weights do not depend on it.
+# What may differ between a run and its --resume: the weights do not depend on it, or change as one
+# who gives another value expects.
 MAY_CHANGE_ON_RESUME = {
     "librispeech_path",
     "load_data_workers",
@@ -581,6 +581,10 @@ class RunFolder:
         self.rank = rank
         self.data = data
         self.path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
+        last = os.path.join(self.path, "last.ckpt")
+        self.restart_hint = (
+            f"start a new run with --init_checkpoint {last}, a lower --learning_rate"
+        )
         self.writer = None  # TensorBoard's
         self.can_draw = True
 
@@ -675,8 +679,7 @@ class RunFolder:
         model, step = parts["model"], progress.step
         if not is_finite(model):
             raise UserError(
-                f"step {step}: the weights are not finite, and are not saved: start from "
-                f"{self.path}/last.ckpt with a lower --learning_rate"
+                f"step {step}: the weights are not finite, and are not saved: {self.restart_hint}"
             )
         self.writer.flush()  # a resumed run shows nothing before this again
         if progress.batch == 0:
@@ -725,8 +728,8 @@ def check_flags(before: dict, args: argparse.Namespace, path: str) -> None:
             raise UserError(f"{path}: --{flag} was {was} in this run, and is {now} now")
         if flag in ("epochs", "max_steps") and args.lr_schedule == "cosine":
             logging.warning(
-                "--%s was %s and is %s now: from here the learning rate follows the cosine of a "
-                "run of the new length, which is not the cosine that it has followed so far",
+                "--%s was %s and is %s now: from here on the learning rate follows the cosine "
+                "schedule of the new length",
                 flag,
                 was,
                 now,
@@ -812,8 +815,8 @@ def main(argv: list[str] | None = None) -> None:
 
     stop = None
     while progress.epoch < args.epochs and not stop:
-        is_cut = progress.batch < epoch_steps
-        if args.max_steps and progress.step >= args.max_steps and is_cut:
+        steps_left = progress.batch < epoch_steps  # or only the validation is left
+        if args.max_steps and progress.step >= args.max_steps and steps_left:
             break
         stop = train_epoch(parts, schedule, train_loader, received, args, progress, run)
         if not stop:

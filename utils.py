@@ -71,22 +71,24 @@ def exit_status(main: Callable[[], None]) -> int:
     try:
         main()
         return 0
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        message = " ".join(message.split()) or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: lower --batch_size; when training, --accumulate_steps K"
-        elif isinstance(error, RuntimeError) and not message.startswith("DataLoader worker"):
-            raise  # PyTorch's notice of a worker that was killed may come anywhere; others are bugs
-        message = message.encode("utf-8", "backslashreplace").decode()
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
         return stop.code or 0
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: lower --batch_size; when training, --accumulate_steps K"
+    except RuntimeError as error:
+        message = str(error)
+        if not message.startswith("DataLoader worker"):  # was killed: PyTorch raises this anywhere
+            raise  # a bug
+    except OSError as error:
+        has_name = error.filename is not None
+        message = f"{os.fsdecode(error.filename)}: {error.strerror}" if has_name else str(error)
+    except (UserError, MemoryError) as error:
+        message = str(error) or type(error).__name__
+    message = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    return 1
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -354,7 +356,7 @@ def write_lines(lines: Iterable[str], path: str | os.PathLike) -> None:
 
 
 def save(value: Any, path: str, sync: bool = True) -> None:
-    """torch.save, atomically. OSError (a full disk, say) leaves the former file."""
+    """torch.save, atomically. UserError (a full disk, say) leaves the former file."""
     # Through memory: torch's own file writer reports a full disk as a RuntimeError without a path.
     buffer = io.BytesIO()
     torch.save(value, buffer)

@@ -69,19 +69,19 @@ def add_flags(parser) -> None:
     add(
         "--ids_from_paths",
         action="store_true",
-        help="make ids of paths below the input, joined with '-' (default: file names)",
+        help="make ids of paths below the input, joined by '-' (default: file names)",
     )
     add(
         "--pattern",
         metavar="GLOB",
         help="read only audio files whose path below the input matches GLOB",
     )
-    add("--resample", action="store_true", help="convert files of another sampling rate, by soxr")
+    add("--resample", action="store_true", help="convert files at another sampling rate, by soxr")
     add(
         "--channel",
         type=not_negative,
         metavar="K",
-        help="channel to read, from 0, where a data directory does not say (default: the only one)",
+        help="channel to read, from 0, where no data directory names it (default: the only one)",
     )
     add("--skip_bad", action="store_true", help="skip bad utterances and list them in skipped.txt")
 
@@ -124,8 +124,7 @@ def find_audio(
         raise UserError(f"{root}: no such file or folder")
     ignored, found = [], {}
     for path, parts in _audio_files(root, pattern, ignored, bad):
-        name = os.path.splitext("-".join(parts) if ids_from_paths else parts[-1])[0]
-        utt_id = re.sub(r"\s", "_", unicodedata.normalize("NFC", name))
+        utt_id = make_utt_id("-".join(parts) if ids_from_paths else parts[-1])
         with kaldi.collect(bad):
             kaldi.check_utt_id(utt_id, path)
             if utt_id in found:
@@ -139,6 +138,11 @@ def find_audio(
             f"{f' (ignored: {count_left_out(ignored)})' if ignored else ''}"
         )
     return sorted(found.values()), ignored
+
+
+def make_utt_id(name: str) -> str:
+    """A file's name -> its utterance id: without the extension, in NFC, spaces as "_"."""
+    return re.sub(r"\s", "_", unicodedata.normalize("NFC", os.path.splitext(name)[0]))
 
 
 def _audio_files(root, pattern, ignored, bad):
@@ -213,14 +217,14 @@ def speakers_of(
         if recording.speaker is None:
             raise UserError(
                 f"{recording.path}: the speaker of utterance {recording.utt_id}, over whom to "
-                f"normalise, is {f'not in {utt2spk}' if utt2spk else 'not known'}: name a folder "
-                f"after each speaker, or use {ways_out}"
+                f"normalise, is {f'not in {utt2spk}' if utt2spk else 'not known'}: put each "
+                f"speaker's files into a folder of their own, or use {ways_out}"
             )
     return {recording.utt_id: recording.speaker for recording in recordings}
 
 
 def _check_folders(recordings, root, ways_out):
-    """Look whether the first folders below root are speakers' folders."""
+    """Check whether the first folders below root are speakers' folders."""
     folders = sorted({recording.speaker for recording in recordings} - {None})
     suspects = [folder for folder in folders if NO_SPEAKER.fullmatch(folder)]
     below = [os.path.relpath(recording.path, root) for recording in recordings]

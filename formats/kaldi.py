@@ -290,13 +290,13 @@ def _parse_slowly(body, place):
         row = []
         for word in line.split():
             try:
-                row.append(float(word))
+                row.append(float(word.replace(b"_", b"?")))  # Python ignores a "_" in numbers
             except ValueError:
                 where = place(len(rows))
-                raise UserError(f"{where}: expected numbers, found {quote(word)}") from None
+                raise BadUtterance(f"{where}: expected numbers, found {quote(word)}") from None
         rows.append(row)
         if len(row) != len(rows[0]):
-            raise UserError(
+            raise BadUtterance(
                 f"{place(len(rows) - 1)}: expected {len(rows[0])} values, as in the first frame, "
                 f"found {len(row)}"
             )
@@ -385,6 +385,8 @@ def read_scp_line(
         raise BadUtterance(
             f"{name}: {error.strerror} (relative paths start from the current directory)"
         ) from None
+    except UserError as error:  # no matrix there: other lines do not depend on this one
+        raise BadUtterance(str(error)) from None
     if first:
         rows = range(int(first), int(last) + 1)
         # As in Kaldi, which allows for lengths that were rounded up.

@@ -225,6 +225,22 @@ def test_an_error_while_loading_is_one_line_that_names_the_file(two_folders, num
     assert "loading data failed" in line and path in line and "\n" not in line
 
 
+class Buggy(torch.utils.data.Dataset):
+    num_frames, ids = np.array([1]), ["a"]
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bug_while_loading_is_a_traceback(num_workers):
+    with pytest.raises(RuntimeError, match=r"in __getitem__|^shapes do not match"):
+        list(read_batches(open_loader(Buggy(), num_workers)))
+
+
 def test_workers_ignore_signals_to_the_process_group_but_a_killed_one_is_noticed(two_folders):
     dataset, _ = two_folders
     before = {*multiprocessing.active_children()}

@@ -394,6 +394,11 @@ def test_resume_with_other_flags_is_rejected(tmp_path, extract, folder, model):
     ]:
         rejected(extract(*args, "--resume"), word, "--resume needs the same")
         assert snapshot(out) == before
+    write_folder(tmp_path / "prepared")
+    of_prepared = checkpoint, tmp_path / "prepared", tmp_path / "of-prepared"
+    succeeded(extract(*of_prepared))
+    (tmp_path / "prepared" / "prepared.json").write_text('{"cmvn": "utterance"}')
+    rejected(extract(*of_prepared, "--resume"), "cmvn was None", "and is 'utterance' now")
     (tmp_path / "link").symlink_to(data)
     succeeded(extract(model[0], tmp_path / "link", out, "--resume"))  # the same by other names
     assert len(read(out)) == len(FRAMES)
@@ -528,6 +533,19 @@ def test_the_training_datas_fbank_and_variance_are_used(tmp_path):
         assert_close({"a": got}, last_layer(model, {"a": frames.astype(np.float32)}), 1e-4)
 
 
+def test_dither_is_that_of_the_utterance_id(tmp_path, extract):
+    """In Python the same as by the script."""
+    wav = write_sound(tmp_path / "a b.wav", speech(0.5))
+    data = {"source": "audio", "fbank": fbank_settings({"dither": 1.0}), "cmvn": "utterance"}
+    write_model(tmp_path / "foo.model", [data], mel=80)
+    extractor = FeatureExtractor(tmp_path / "foo.model")
+    succeeded(extract(tmp_path / "foo.model", wav, tmp_path / "out", "--audio"))
+    got = read(tmp_path / "out")
+    assert_close(got, {"a_b": extractor(wav)})
+    other = extractor(write_sound(tmp_path / "c.wav", speech(0.5)))
+    assert float((got["a_b"] - other).abs().max()) > 1e-3
+
+
 def test_a_model_of_unknown_features(tmp_path, extract, features, recordings, trained):
     """It gets the original's settings and mean by speaker, and a warning that this is a guess."""
     expected = features(trained["speaker"][0], recordings, "--audio")
@@ -557,8 +575,10 @@ def test_flags_on_audio_are_those_of_preparing(tmp_path, extract, features, reco
         uncut = prepare(source, tmp_path / f"{source.name}-uncut", *options)
         assert_close(read(out), features(checkpoint, uncut))
     assert sorted(read(out)) == ["anna-a", "ben-a"]
+    result = extract(checkpoint, stereo, out, "--audio", *of_stereo, "--channel", 0, "--resume")
+    rejected(result, "channel was 1", "and is 0 now")
     result = extract(checkpoint, stereo / "anna" / "a.wav", tmp_path / "out", "--audio", *options)
-    assert "a.wav: taken as a speaker of its own" in succeeded(result).stderr
+    assert "a.wav: treated as one speaker" in succeeded(result).stderr
 
 
 def test_audio_that_is_rejected_leaves_nothing(tmp_path, extract, recordings, trained):

@@ -423,6 +423,22 @@ def test_bad_matrices_are_rejected_or_skipped(tmp_path, prepare, error_of):
     assert "truncated" in error_of(cut, tmp_path / "out", "--skip_bad")
 
 
+def test_what_is_no_matrix_is_skipped_where_the_rest_can_be_read(tmp_path, prepare):
+    good = {utt: FRAMES[utt] for utt in FEW}
+    kaldiio.save_ark(str(tmp_path / "a.ark"), good, scp=str(tmp_path / "a.scp"))
+    scp = (tmp_path / "a.scp").read_text()
+    sources = {
+        "dump": "ragged\n1 2\n1\n.\n" + dump(good) + "word\n1 b\n.\nunderscore\n1_0 2\n.\n",
+        "b.scp": f"text {write(tmp_path / 'x.txt', 'abc')}\n{scp}cut {tmp_path / 'a.ark'}:99\n",
+    }
+    for name, text in sources.items():
+        out = tmp_path / f"{name}-out"
+        prepare(write(tmp_path / name, text), out, "--skip_bad", num_workers=2)
+        assert_holds(out, good, others=["skipped.txt"], atol=1e-5)
+        found = re.findall(r"utterance (\w+): ", (out / "skipped.txt").read_text())
+        assert found == (["ragged", "word", "underscore"] if name == "dump" else ["text", "cut"])
+
+
 def test_bad_audio_is_rejected_by_name_or_skipped(tmp_path, prepare, error_of):
     source, out, bad = save_speech(tmp_path / "in"), tmp_path / "out", tmp_path / "in" / "bad"
     whole = normalised(FRAMES, GROUPS["speaker"])
