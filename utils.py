@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import gc
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -94,8 +96,15 @@ def exit_status(main: Callable[[], None]) -> int:
 def run_main(main: Callable[[], None]) -> None:
     """Run a script, and end it and its worker processes."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    status = exit_status(main)
+    try:
+        status = exit_status(main)
+    except Exception:  # a bug
+        traceback.print_exc()
+        status = 1
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker dies
     kill_workers()
+    gc.collect()  # frees the semaphores of DataLoaders
     if "WORLD_SIZE" in os.environ:  # tidying up might wait for other processes of the run
         sys.stdout.flush()
         sys.stderr.flush()

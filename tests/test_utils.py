@@ -211,3 +211,18 @@ utils.run_main(main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
     assert done.returncode == 0
+
+
+def test_a_bug_next_to_a_loaders_workers_is_a_traceback_and_the_end():
+    code = """
+import torch, utils
+def main():
+    data = torch.utils.data.TensorDataset(torch.zeros(100))
+    for _ in torch.utils.data.DataLoader(data, num_workers=1, worker_init_fn=utils.ignore_signals):
+        raise RuntimeError("a bug")
+utils.run_main(main)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, timeout=60, check=False, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Traceback") and done.stderr.endswith(b"RuntimeError: a bug\n")
