@@ -218,7 +218,9 @@ def test_a_bug_next_to_a_loaders_workers_is_a_traceback_and_the_end():
 import torch, utils
 def main():
     data = torch.utils.data.TensorDataset(torch.zeros(100))
-    for _ in torch.utils.data.DataLoader(data, num_workers=1, worker_init_fn=utils.ignore_signals):
+    options = {"num_workers": 1, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(data, worker_init_fn=utils.ignore_signals, **options)
+    for _ in loader:
         raise RuntimeError("a bug")
 utils.run_main(main)
 """
