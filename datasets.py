@@ -166,14 +166,15 @@ def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:
         return
     here, there = ({**p, "cmvn": CMVN.from_prepared(p)} for p in (dataset.prepared, trained))
     for key in ("source", "fbank", "cmvn"):
-        if here.get(key) != there.get(key):
-            logging.warning(
-                "%s: %s is %s, but the model was trained on data with %s",
-                dataset.path,
-                key,
-                here.get(key),
-                there.get(key),
-            )
+        ours, theirs = here.get(key), there.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):  # the fbank options that differ
+            ours = {option: x for option, x in ours.items() if theirs.get(option) != x}
+            theirs = {option: theirs.get(option) for option in ours}
+        elif key == "fbank":  # not known of Kaldi's features, whose source differs
+            continue
+        if ours != theirs:
+            text = "%s: %s is %s, but the model was trained on data with %s"
+            logging.warning(text, dataset.path, key, ours, theirs)
 
 
 # Batches ------------------------------------------------------------------------------------------

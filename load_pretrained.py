@@ -380,7 +380,9 @@ class FeatureExtractor:
         self.fbank, self.cmvn, self.stats = frame_settings(training_data(self.model.config, path))
         bins, mel_dim = self.fbank["num_mel_bins"], self.model.mel_dim
         if bins != mel_dim:
-            raise UserError(f"{path}: it reads {mel_dim} log-Mel bins, but fbank makes {bins}")
+            raise UserError(
+                f"{path}: the model expects {mel_dim} log-Mel bins, but fbank makes {bins}"
+            )
 
     def __reduce__(self):
         return FeatureExtractor, self.arguments
@@ -425,14 +427,15 @@ class FeatureExtractor:
         elif samples.dtype != np.int16:
             raise UserError("samples: expected int16, or floating-point values in [-1, 1]")
         if samples.ndim != 1:
-            raise UserError(f"samples: expected one channel (N,), found {samples.shape}")
+            shape = f"expected one channel (N,), found {samples.shape}"
+            raise UserError(f"samples: {shape}: pass one, such as samples[0]")
         samples = samples.astype(np.float32)
         if rate == expected:
             return samples
         if not (rate and self.resample):
+            hint = "resample=True converts others" if rate else "pass it with the samples"
             raise UserError(
-                f"samples: expected a sampling rate of {expected:g} Hz, found {rate} "
-                "(resample=True converts others)"
+                f"samples: expected a sampling rate of {expected:g} Hz, found {rate}: {hint}"
             )
         return np.concatenate([*self.audio.resample_blocks([samples], rate, expected)])
 

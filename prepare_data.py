@@ -141,6 +141,8 @@ def open_audio(args: argparse.Namespace) -> Source:
 
 def open_kaldi(args: argparse.Namespace) -> Source:
     path, utt2spk = args.librispeech_from_kaldi, {}
+    if os.path.isdir(path):
+        raise UserError(f"{path}: expected a file of features, such as {path}/feats.scp")
     if args.cmvn == "speaker":
         neighbour = os.path.join(os.path.dirname(path), "utt2spk")
         if not args.utt2spk and (path == "-" or not os.path.exists(neighbour)):

@@ -266,6 +266,11 @@ def load_weights(model: APCModel, args: argparse.Namespace, train_set: LibriSpee
             raise UserError(f"{path}: {found}")
     if not is_finite(loaded):
         raise UserError(f"{path}: its weights are not finite")
+    n = loaded.config.get("time_shift")
+    if n not in (None, args.time_shift):
+        logging.warning(
+            "%s was trained with n = %s, but --time_shift is %s", path, n, args.time_shift
+        )
     model.load_state_dict(loaded.state_dict())
     warn_of_other_data(training_data(loaded.config, path), train_set)
 
@@ -764,7 +769,8 @@ def announce(
     for line in (
         f"{'resuming' if progress.step else 'training'} {run.path}"
         f"{f' after {progress.step} steps' if progress.step else ''}",
-        f"model: {summary(model)}",
+        f"model: {summary(model)}"
+        f"{f', started from {args.init_checkpoint}' if args.init_checkpoint else ''}",
         f"data: {', '.join(args.train_split)} of {args.librispeech_path}: {len(frames)} "
         f"utterances, {frames.sum()} frames, {frames.sum() / 360000:.2f} hours at 10 ms; "
         f"validation: {args.valid_split}, {len(valid_loader.dataset)} utterances",

@@ -211,14 +211,18 @@ def speakers_of(
     if utt2spk is not None:
         speakers = kaldi.read_utt2spk(utt2spk)
         recordings = [one._replace(speaker=speakers.get(one.utt_id)) for one in recordings]
-    elif not os.path.isfile(os.path.join(root, "wav.scp")):
+    elif os.path.isfile(os.path.join(root, "wav.scp")):
+        utt2spk = os.path.join(root, "utt2spk")
+    else:
         _check_folders(recordings, root, ways_out)
     for recording in recordings:
         if recording.speaker is None:
+            unknown = "not known: put each speaker's files into a folder of their own"
+            if utt2spk is not None:
+                unknown = f"not in {utt2spk}: add it there"
             raise UserError(
                 f"{recording.path}: the speaker of utterance {recording.utt_id}, over whom to "
-                f"normalise, is {f'not in {utt2spk}' if utt2spk else 'not known'}: put each "
-                f"speaker's files into a folder of their own, or use {ways_out}"
+                f"normalise, is {unknown}, or use {ways_out}"
             )
     return {recording.utt_id: recording.speaker for recording in recordings}
 
@@ -361,7 +365,7 @@ def _check(file, recording, sample_rate, resample, channel):
     if problems:
         raise BadUtterance(f"{where}: {'; '.join(problems)}")
     if (channel or 0) >= file.channels:
-        raise BadUtterance(f"{where}: no channel {channel}: it has {file.channels} (from 0)")
+        raise BadUtterance(f"{where}: no channel {channel}: it has {file.channels}, from 0 on")
     return channel or 0
 
 

@@ -319,6 +319,12 @@ def test_speakers_are_known_or_asked_for(tmp_path, caplog):
     (tmp_path / "utt2spk").write_text("a x\nb y\nc y\n")
     with pytest.raises(UserError, match=r"d\.wav: .* utterance d, .* not in \S*utt2spk"):
         speakers_of(find_audio(tmp_path)[0], tmp_path, tmp_path / "utt2spk")
+    (tmp_path / "wav.scp").write_text("a a.wav\nb b.wav\n")
+    (tmp_path / "utt2spk").write_text("a x\n")
+    with pytest.raises(
+        UserError, match=r"utterance b, .* not in \S*/utt2spk: add it there, or use"
+    ):
+        speakers_of(find_audio(tmp_path)[0], tmp_path)
     assert describe_speakers("a" * 3 + "b") == "2 (a, b), 2 utterances each"
     assert describe_speakers("dcba") == "4 (a, b, c, ...), 1 utterances each"
 

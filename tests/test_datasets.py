@@ -140,7 +140,7 @@ KALDI = AUDIO | {"source": "kaldi", "fbank": None, "cmvn": "none"}
     [
         (AUDIO, AUDIO | {"cmvn": "utterance"}, {"cmvn"}),
         (AUDIO, AUDIO | {"fbank": {"dither": 1.0}}, {"fbank"}),
-        (AUDIO, KALDI, {"source", "fbank", "cmvn"}),
+        (AUDIO, KALDI, {"source", "cmvn"}),
         (AUDIO, AUDIO | {"norm_vars": True}, set()),  # what it meant before there was the entry
         (AUDIO | {"norm_vars": False}, AUDIO, {"cmvn"}),
         (AUDIO, AUDIO | {"norm_vars": True, "unbiased_vars": True}, {"cmvn"}),

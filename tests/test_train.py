@@ -616,7 +616,9 @@ def weights(tmp_path_factory):
     (here / "run").mkdir()
     torch.save(PackedAPC(D, 8, 2, prenet_layers=1).state_dict(), here / "run/run.model")
     flags = dict(rnn_residual=False, prenet_num_layers=1, rnn_num_layers=2, rnn_hidden_size=8)
-    flags |= dict(feature_dim=D, rnn_type="gru", data=[{"source": "audio", "cmvn": "speaker"}])
+    flags |= dict(
+        feature_dim=D, rnn_type="gru", time_shift=9, data=[{"source": "audio", "cmvn": "speaker"}]
+    )
     (here / "run/config.json").write_text(json.dumps(flags))
     return here
 
@@ -640,6 +642,8 @@ def test_init_checkpoint_of_data_made_otherwise_is_a_warning(call_main, place, d
     process = succeeded(call_main(train, *flags))
     (line,) = [line for line in warnings_of(process) if "cmvn" in line]
     assert "utterance" in line and "trained on" in line and "speaker" in line
+    assert any("trained with n = 9, but" in line for line in warnings_of(process))
+    assert f"started from {weights}/run/run.model" in process.stderr
 
 
 @pytest.mark.parametrize("name", REJECTED)
