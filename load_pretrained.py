@@ -399,6 +399,13 @@ class FeatureExtractor:
         Raises:
             UserError: another sampling rate, several channels, a file that cannot be decoded.
         """
+        frames = self.log_mel(speech, sample_rate)
+        return features_of(self.model, frames.split(4096), len(frames), self.choose)
+
+    def log_mel(
+        self, speech: str | os.PathLike | np.ndarray | Tensor, sample_rate: float | None = None
+    ) -> Tensor:
+        """The same of the model's input: (T, D) float32, the normalised log-Mel frames."""
         name = "samples"
         try:
             if isinstance(speech, str | os.PathLike):
@@ -416,8 +423,7 @@ class FeatureExtractor:
             check_length(self.model, name, len(frames))
             self.longest = len(frames)
         stats = cmvn_stats(frames) if self.stats is None else self.stats
-        frames = torch.from_numpy(self.cmvn.apply(frames, stats))
-        return features_of(self.model, frames.split(4096), len(frames), self.choose)
+        return torch.from_numpy(self.cmvn.apply(frames, stats))
 
     def _check(self, samples, rate):
         """The caller's samples -> float32 in 16-bit range, at the model's sampling rate."""

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import soundfile
+import torch
 from conftest import ROOT, speech
 
 import prepare_data
@@ -161,7 +162,9 @@ def test_features_of_the_readme(clone):
 def test_models_in_ones_own_code(clone):
     examples = blocks("docs/models.md", "python")
     names = run_python(block for block in examples if "onnx" not in block)
-    assert names["last"].shape == names["mixture"].shape == (2, 150, 512)
+    assert names["last"].shape == names["mixture"].shape == (2, 390, 512)
+    alone = names["features"](names["speech"])
+    assert torch.allclose(names["last"][0], alone, atol=1e-5)
 
 
 def test_onnx(clone):
