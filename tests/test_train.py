@@ -996,7 +996,6 @@ def test_one_core_is_no_reason_for_pytorch_to_warn(run, monkeypatch, recwarn):
 # A full disk --------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("name", ["epoch_0.model", "tb_log"])
 def test_file_that_may_not_grow_is_one_line(run, name):
     """As with a full disk or a quota. TensorBoard's is the first to reach 20 kB."""
