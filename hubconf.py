@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -22,13 +23,21 @@ OURS = ("apc_model", "formats", "load_pretrained", "utils")  # what is imported 
 HUB = "apc_hub"  # the module where they stay
 
 
-def apc(path, device="cpu", residual=None):
+def apc(
+    path: str | os.PathLike, device: str | torch.device = "cpu", residual: bool | None = None
+) -> torch.nn.Module:
     """A trained model (APCModel in eval mode), as load_pretrained.load_pretrained() returns it."""
     with _our_modules() as ours:
         return ours["load_pretrained"].load_pretrained(path, device, residual)
 
 
-def apc_features(path, layer="last", device="cpu", residual=None, resample=False):
+def apc_features(
+    path: str | os.PathLike,
+    layer: str | int = "last",
+    device: str | torch.device = "cpu",
+    residual: bool | None = None,
+    resample: bool = False,
+) -> Callable:
     """Features of audio files and samples: a load_pretrained.FeatureExtractor. It needs soundfile
     and kaldi_native_fbank, and all else in requirements.txt."""
     with _our_modules() as ours:
@@ -36,7 +45,7 @@ def apc_features(path, layer="last", device="cpu", residual=None, resample=False
         return ours["load_pretrained"].FeatureExtractor(*arguments)
 
 
-def unpickled_model(content):
+def unpickled_model(content: bytes) -> torch.nn.Module:
     """For pickle: an APCModel with the attributes that were pickled as `content`."""
     with _our_modules() as ours:
         model_class = ours["apc_model"].APCModel

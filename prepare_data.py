@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 import datasets
 from formats import audio, kaldi
@@ -178,7 +179,7 @@ def check_save_dir(save_dir: str, overwrite: bool) -> None:
         raise UserError(f"{save_dir}: this is a mount point: choose a folder below it")
 
 
-def put_in_place(folder: str, save_dir: str, overwrite: bool, lock) -> None:
+def put_in_place(folder: str, save_dir: str, overwrite: bool, lock: FileLock) -> None:
     """Rename the finished, locked folder to save_dir, in place of the dataset that may be there."""
     check_save_dir(save_dir, overwrite)
     if os.path.exists(save_dir):
@@ -368,7 +369,14 @@ def describe(args: argparse.Namespace, source: Source, mel_dim: int, stats: dict
     return prepared
 
 
-def summary(args, written, lengths, stats, lists) -> str:
+def summary(
+    args: argparse.Namespace,
+    written: list[Written],
+    lengths: dict[str, int],
+    stats: dict[str, np.ndarray],
+    lists: dict[str, list[str]],
+) -> str:
+    """The script's last lines."""
     total = sum(one.num_frames for one in written)
     hours, cut = total / 360000, total - sum(lengths.values())
     speakers = ""

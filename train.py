@@ -345,7 +345,12 @@ def trained_loss(losses: MeanLosses, args: argparse.Namespace) -> float | Tensor
 
 
 def train_step(
-    parts: dict, batch: tuple[Tensor, Tensor], whole: LossSums, seq_len: int, received: list, args
+    parts: dict,
+    batch: tuple[Tensor, Tensor],
+    whole: LossSums,
+    seq_len: int,
+    received: list,
+    args: argparse.Namespace,
 ) -> tuple[LossSums, float, int | None]:
     """One optimizer step.
 
@@ -368,12 +373,12 @@ def train_step(
     for inputs, lengths in micro_batches(*batch, args.accumulate_steps, args, bias.device):
         with autocast(args, bias.device):
             predicted, _ = model(inputs[:, :-n], (lengths - n).clamp(min=0), need_reps=False)
-        part = apc_loss(predicted, inputs, lengths, n, seq_len, bias)
-        # A mean over the whole batch, so that gradients add up over parts and processes.
-        share = dataclasses.replace(part, utterances=whole.utterances, frames=whole.frames)
-        loss = trained_loss(share.means(n, seq_len), args)
+        micro = apc_loss(predicted, inputs, lengths, n, seq_len, bias)
+        # A mean over the whole batch, so that gradients add up over micro-batches and processes.
+        scaled = dataclasses.replace(micro, utterances=whole.utterances, frames=whole.frames)
+        loss = trained_loss(scaled.means(n, seq_len), args)
         scaler.scale(loss).backward()
-        sums = sums + LossSums(part.valid.detach(), part.padding.detach())
+        sums = sums + LossSums(micro.valid.detach(), micro.padding.detach())
     values = reduce_over_processes(sums, received, parameters)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, args.clip_thresh)
@@ -440,13 +445,19 @@ def name_bad_utterances(inputs: Tensor, ids: list[str], what: str) -> None:
 
 
 def train_epoch(
-    parts: dict, schedule, loader: DataLoader, received: list, args, progress: Progress, run
+    parts: dict,
+    schedule: optim.lr_scheduler.LRScheduler,
+    loader: DataLoader,
+    received: list,
+    args: argparse.Namespace,
+    progress: Progress,
+    run: "RunFolder",
 ) -> int | None:
     """Train from `progress` to the epoch's end, or to --max_steps -> a signal to stop by, or None.
 
     Args:
         parts: the model, optimizer and scaler, by these names.
-        run: the RunFolder that checkpoints and metrics go to.
+        run: where checkpoints and metrics go.
     """
     parts["model"].train()
     sampler, seq_len = loader.batch_sampler, loader.dataset.datasets[0].seq_len
@@ -489,7 +500,9 @@ def train_epoch(
     return None
 
 
-def step_metrics(args, norm: float, speed: float, rate: float, progress: Progress) -> dict:
+def step_metrics(
+    args: argparse.Namespace, norm: float, speed: float, rate: float, progress: Progress
+) -> dict:
     """What is logged of a step besides its loss, if it can change."""
     metrics = {"gradient norm": norm, "frames per second": speed}
     metrics["skipped steps"] = progress.skipped
@@ -761,7 +774,15 @@ def check_precision(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def announce(
-    args, model, train_loader, valid_loader, schedule, device, world_size, run, progress
+    args: argparse.Namespace,
+    model: APCModel,
+    train_loader: DataLoader,
+    valid_loader: DataLoader,
+    schedule: optim.lr_scheduler.LRScheduler,
+    device: torch.device,
+    world_size: int,
+    run: RunFolder,
+    progress: Progress,
 ) -> None:
     """Log what the run is about to do."""
     frames = train_loader.dataset.num_frames

@@ -425,8 +425,10 @@ def _why_undecodable(path, error):
     )
 
 
-def resample_blocks(blocks, rate, target):
-    """Samples in blocks, at `rate` Hz -> the same at `target` Hz."""
+def resample_blocks(
+    blocks: Iterable[np.ndarray], rate: float, target: float
+) -> Iterator[np.ndarray]:
+    """float32 samples in blocks, at `rate` Hz -> the same at `target` Hz."""
     import soxr
 
     stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
