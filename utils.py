@@ -5,7 +5,6 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
-import gc
 import io
 import json
 import logging
@@ -104,11 +103,12 @@ def run_main(main: Callable[[], None]) -> None:
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker dies
     kill_workers()
-    gc.collect()  # frees the semaphores of DataLoaders
-    if "WORLD_SIZE" in os.environ:  # tidying up might wait for other processes of the run
+    if status and "WORLD_SIZE" in os.environ:  # tidying up might wait for the run's other processes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(status)
 
 
