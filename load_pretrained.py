@@ -405,7 +405,7 @@ class FeatureExtractor:
     def log_mel(
         self, speech: str | os.PathLike | np.ndarray | Tensor, sample_rate: float | None = None
     ) -> Tensor:
-        """The same of the model's input: (T, D) float32, the normalised log-Mel frames."""
+        """-> the model's input (T, D), float32: normalised log-Mel frames. Arguments: as above."""
         name = "samples"
         try:
             if isinstance(speech, str | os.PathLike):

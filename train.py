@@ -601,7 +601,7 @@ class RunFolder:
         self.path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
         last = os.path.join(self.path, "last.ckpt")
         self.restart_hint = (
-            f"start a new run with --init_checkpoint {last}, a lower --learning_rate"
+            f"start a new run with --init_checkpoint {last} and a lower --learning_rate"
         )
         self.writer = None  # TensorBoard's
         self.can_draw = True
