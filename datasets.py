@@ -16,7 +16,6 @@ from formats.fbank import CMVN
 from utils import UserError, ignore_signals, is_float_tensor, load, read_json
 
 TIMEOUT = 300  # seconds that a batch may take to load
-NOT_COMPARED = ("path", "utt2spk", "version")  # in prepared.json: data may move
 
 
 class LibriSpeech(data.Dataset):
@@ -155,6 +154,11 @@ def read_lengths(path: str | os.PathLike) -> dict[str, int]:
                 f"{file_name}: expected '<utt_id>.pt': frames, found {name!r}: {length!r}"
             )
     return lengths
+
+
+def compared_settings(dataset: LibriSpeech) -> dict:
+    """A dataset's prepared.json, of which nothing differs if the data have only moved."""
+    return (dataset.prepared or {}) | dict.fromkeys(("path", "utt2spk", "version"))
 
 
 def warn_of_other_data(trained: dict | None, dataset: LibriSpeech) -> None:

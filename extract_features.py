@@ -24,10 +24,10 @@ from torch.utils import data
 
 from apc_model import APCModel
 from datasets import (
-    NOT_COMPARED,
     LibriSpeech,
     Utterances,
     build_loader,
+    compared_settings,
     is_finished,
     read_batches,
     warn_of_other_data,
@@ -68,8 +68,6 @@ from utils import (
     write_lines,
 )
 
-# Flags of --audio that the log-Mel frames depend on, or the names of the files.
-AUDIO_FLAGS = ("utt2spk", "ids_from_paths", "pattern", "resample", "channel")
 EXAMPLES = """\
   python extract_features.py --checkpoint logs/foo.dir/foo__epoch_100.model \\
       --data_dir data/dev-clean --save_dir features/dev-clean
@@ -113,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in (*AUDIO_FLAGS, "skip_bad"):
+    for name in ("utt2spk", *audio.FLAGS, "skip_bad"):
         if args.audio is None and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --audio, not for a prepared dataset")
     if args.format == "ark":
@@ -258,10 +256,9 @@ def open_save_dir(
     with open(args.checkpoint, "rb") as file:
         weights = hashlib.sha256(file.read()).hexdigest()
     if args.audio is None:
-        prepared = source.prepared or {}
-        about = {key: value for key, value in prepared.items() if key not in NOT_COMPARED}
+        about = compared_settings(source)
     else:
-        about = {name: getattr(args, name) for name in AUDIO_FLAGS}
+        about = {name: getattr(args, name) for name in ("utt2spk", *audio.FLAGS)}
     about |= {
         "weights": weights,
         "source": os.path.realpath(args.data_dir or args.audio),

@@ -90,8 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     from_audio = args.librispeech_from_audio is not None
-    for_audio = ("ids_from_paths", "pattern", "resample", "channel")
-    for name in (*for_audio, "num_mel_bins", "sample_rate", "dither"):
+    for name in (*audio.FLAGS, "num_mel_bins", "sample_rate", "dither"):
         if not from_audio and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --audio")
     if args.as_s3prl:

@@ -32,11 +32,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from apc_model import APCModel, LossSums, MeanLosses, TransformerBlock, apc_loss
 from datasets import (
-    NOT_COMPARED,
     BatchSampler,
     LibriSpeech,
     Utterances,
     build_loader,
+    compared_settings,
     is_finished,
     read_batches,
     warn_of_other_data,
@@ -66,6 +66,7 @@ from utils import (
 )
 
 MAX_SKIPPED = 20  # steps in a row whose loss or gradient was not finite
+RESTART = "start a new run with --init_checkpoint {}/last.ckpt and a lower --learning_rate"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {
     "adam": optim.Adam,
@@ -232,7 +233,7 @@ def describe_data(train_sets: list[LibriSpeech]) -> dict:
     """What a run keeps of its training data: "data" (prepared.json), and "data_fingerprint":
     utterances, frames, and a checksum of names, lengths and settings."""
     table = [(name, split.lengths[name]) for split in train_sets for name in split.ids]
-    settings = [(split.prepared or {}) | dict.fromkeys(NOT_COMPARED) for split in train_sets]
+    settings = [compared_settings(split) for split in train_sets]
     checksum = zlib.crc32(json.dumps([table, settings]).encode())
     fingerprint = [len(table), sum(frames for _, frames in table), checksum]
     return {"data": [split.prepared for split in train_sets], "data_fingerprint": fingerprint}
@@ -491,7 +492,7 @@ def train_epoch(
         if progress.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"step {progress.step}: {MAX_SKIPPED} steps in a row had no finite loss or "
-                f"gradient: look at the data, or {run.restart_hint}"
+                f"gradient: look at the data, or {RESTART.format(run.path)}"
             )
         if progress.step % args.save_steps == 0:
             run.save(parts, progress)
@@ -599,10 +600,6 @@ class RunFolder:
         self.rank = rank
         self.data = data
         self.path = os.path.join(args.store_path, f"{args.experiment_name}.dir")
-        last = os.path.join(self.path, "last.ckpt")
-        self.restart_hint = (
-            f"start a new run with --init_checkpoint {last} and a lower --learning_rate"
-        )
         self.writer = None  # TensorBoard's
         self.can_draw = True
 
@@ -697,7 +694,8 @@ class RunFolder:
         model, step = parts["model"], progress.step
         if not is_finite(model):
             raise UserError(
-                f"step {step}: the weights are not finite, and are not saved: {self.restart_hint}"
+                f"step {step}: the weights are not finite, and are not saved: "
+                f"{RESTART.format(self.path)}"
             )
         self.writer.flush()  # a resumed run shows nothing before this again
         if progress.batch == 0:

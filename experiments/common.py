@@ -115,8 +115,8 @@ def run(*command):
     if command[0].endswith(".py"):
         python = [sys.executable]
         if command[0] in ("train.py", "extract_features.py") and not torch.cuda.is_available():
-            torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
-            python += [*torchrun.split(), str(num_cores())]
+            flags = ("--standalone", f"--nproc_per_node={num_cores()}")
+            python += ["-m", "torch.distributed.run", *flags]
         command = [*python, str(ROOT / command[0]), *command[1:]]
     print(f"\n{shlex.join(command)}", flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -46,11 +46,9 @@ def find_recordings(clone, split):
 def frame_labels(segments, num_frames):
     """[(phone, start, end)] in seconds -> the phone at each frame's middle; SIL where none is."""
     middles = 0.0125 + 0.01 * np.arange(num_frames)
-    found = np.searchsorted([float(s) for _, s, _ in segments], middles, side="right") - 1
-    return [
-        segments[i][0] if i >= 0 and middle < float(segments[i][2]) else "SIL"
-        for i, middle in zip(found, middles)
-    ]
+    starts, ends = np.array([times for _, *times in segments], dtype=float).reshape(-1, 2).T
+    found = np.searchsorted(starts, middles, side="right") - 1
+    return [segments[i][0] if i >= 0 and t < ends[i] else "SIL" for i, t in zip(found, middles)]
 
 
 def make_data(clone, work):

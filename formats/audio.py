@@ -39,6 +39,7 @@ NO_SPEAKER = re.compile(
 BLOCK_SIZE = 1 << 20  # samples at a time
 LOUDEST = 8  # times full scale, of floating-point samples; decoders overshoot, but not so far
 UNKNOWN_LENGTH = 2**36 - 2  # samples, or more: a FLAC that was written to a pipe
+FLAGS = ("ids_from_paths", "pattern", "resample", "channel")  # of add_flags(), for audio only
 
 
 class Recording(NamedTuple):
